@@ -1,0 +1,183 @@
+"""Every error that a client can see, and the one place that writes it down.
+
+The tree::
+
+    ProxyError                      status, type, code, param, retryable, trips_breaker, details
+    ├── InvalidRequest              400  invalid_request (or invalid_json, …): can never be served
+    ├── InvalidKey                  401  invalid_api_key: one identical answer for no key and a wrong one
+    ├── OriginNotAllowed            403  origin_not_allowed: keyless mode, a foreign page
+    ├── NotFound                    404  model_not_found, unknown_url, unsupported_route
+    ├── MethodNotAllowed            405  method_not_allowed
+    ├── RequestTimeout              408  request_timeout: the client did not finish its request in time
+    ├── RequestTooLarge             413  request_too_large
+    ├── Overloaded                  503  overloaded: too many in flight
+    ├── InternalError               500  internal_error: a fault of ours
+    └── UpstreamError                    something between us and a good answer
+        ├── UpstreamUnavailable     503  upstream_unavailable: refused, broken, or our credential was not accepted
+        │   ├── ConnectFailed            no connection: dns, refused, tls, timeout. Nothing was sent.
+        │   └── UpstreamBroken           the connection or its framing broke after bytes were sent
+        ├── UpstreamTimeout         504  upstream_timeout
+        ├── UpstreamRateLimited     429  upstream_rate_limited
+        └── StreamInterrupted       (event)  stream_interrupted: died after the first forwarded event
+
+Policy reads the attributes; nobody compares status codes or strings. A foreign exception is translated once, at the
+seam where it is caught, `from` its cause; its text never becomes part of ours, for it can hold a key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ProxyError(Exception):
+    """The root. `message` is for a person and never quotes a foreign exception; `details` is for a program."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str = "internal_error"
+    retryable: ClassVar[bool] = False
+    """Sending the same request again, elsewhere or later, can help."""
+    trips_breaker: ClassVar[bool] = False
+    """Counts as evidence against the provider's health."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: list[tuple[bytes, bytes]] | None = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+        self.headers = headers or []
+        """Extra response headers, such as `retry-after`."""
+        self.details = details
+
+
+class InvalidRequest(ProxyError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidKey(ProxyError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("No or unknown API key. Send a key of this gateway as 'Authorization: Bearer KEY'.")
+
+
+class OriginNotAllowed(ProxyError):
+    status = 403
+    type = "invalid_request_error"
+    code = "origin_not_allowed"
+
+
+class NotFound(ProxyError):
+    status = 404
+    type = "invalid_request_error"
+    code = "unknown_url"
+
+
+class MethodNotAllowed(ProxyError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class RequestTimeout(ProxyError):
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class RequestTooLarge(ProxyError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class Overloaded(ProxyError):
+    status = 503
+    code = "overloaded"
+    retryable = True
+
+
+class InternalError(ProxyError):
+    """A fault of ours. The message is always the same: what went wrong stands in the log, under the request id."""
+
+    def __init__(self) -> None:
+        super().__init__("Breakwater met an internal error. Its log has the details under this request id.")
+
+
+class UpstreamError(ProxyError):
+    type = "upstream_error"
+    code = "upstream_unavailable"
+    status = 503
+
+
+class UpstreamUnavailable(UpstreamError):
+    retryable = True
+    trips_breaker = True
+
+
+class ConnectFailed(UpstreamUnavailable):
+    """`reason`: dns, refused, tls, timeout, pool (no slot came free in time), network. No request byte was written."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UpstreamBroken(UpstreamUnavailable):
+    """`reason`: closed, reset, protocol, encoding, too_large. Request bytes may have been acted on."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    code = "upstream_timeout"
+    retryable = True
+    trips_breaker = True
+
+
+class UpstreamRateLimited(UpstreamError):
+    status = 429
+    code = "upstream_rate_limited"
+    retryable = True
+
+
+class StreamInterrupted(UpstreamError):
+    """Only ever an SSE event, the last one of its stream."""
+
+    code = "stream_interrupted"
+    trips_breaker = True
+
+
+def envelope(error: ProxyError) -> bytes:
+    """The OpenAI envelope: `{"error": {message, type, param, code}, "breakwater": {…}?}`."""
+    body: dict[str, Any] = {
+        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    }
+    if error.details:
+        body["error"]["breakwater"] = error.details
+    return _encode(body)
+
+
+def sse_event(error: ProxyError) -> bytes:
+    """The same as the last event of a stream: the official SDKs raise on it, whichever API they stream."""
+    return b"data: " + envelope(error) + b"\n\n"

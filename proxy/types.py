@@ -1,0 +1,182 @@
+"""The words that every layer shares, and nothing else: values, no behaviour that awaits.
+
+A request's way through the program, in these words::
+
+    Call ──parse──▶ Ask ──route──▶ Target ──open──▶ Reply ──events──▶ Out
+    (bytes as        (what is       (provider        (status,          (the way
+     they came)       asked for)     and model)       Event, Event…)    back)
+
+`Record` runs beside it: what is known of the request so far. The edge turns it into exactly one
+`request.finished` or `request.refused`.
+
+Units: times are seconds as floats (or carry `_ms`), sizes are bytes, header names are lower-case bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+import msgspec
+
+Headers = list[tuple[bytes, bytes]]
+
+Dialect = Literal["chat", "completions", "embeddings", "responses", "models", "passthrough"]
+"""Which body grammar a route speaks. A layer that knows the dialect acts, the others let it by."""
+
+OTHER: Final = "other"
+"""The label of whatever is not in the configuration: metrics carry closed sets only."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One client request, complete, as it reached us. Nothing in it is interpreted yet."""
+
+    method: str
+    path: str
+    """Decoded path, always with the `/v1` prefix, without the query."""
+    raw_path: bytes
+    """The path as sent (still percent-encoded), with the `/v1` prefix: what a pass-through forwards."""
+    query: bytes
+    headers: Headers
+    body: bytes
+    request_id: str
+    traceparent: str
+    """Of the span that we opened for this request: forwarded upstream and returned to the client."""
+    client: str
+    """Peer address, without the port; empty for a unix socket."""
+
+    def header(self, name: bytes) -> bytes | None:
+        """First value of a header (lower-case name), or None."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+
+@dataclass(slots=True)
+class Ask:
+    """What a call asks for, once its body is known to be well formed.
+
+    `fields` is the canonical top level of a JSON body: each member still the client's own bytes. It is empty for a
+    body that is not JSON (a pass-through).
+    """
+
+    dialect: Dialect
+    route: str
+    """The route's template, a closed set: the label of metrics and logs (`/v1/chat/completions`)."""
+    call: Call
+    model: str = ""
+    stream: bool = False
+    fields: Mapping[str, msgspec.Raw] = field(default_factory=dict)
+    wants_usage: bool = False
+    """The client itself asked for the usage chunk of a stream (`stream_options.include_usage`)."""
+    wants_base64: bool = False
+    """Embeddings: the client decodes base64 (both official SDKs ask for it unless told otherwise)."""
+    replayable: bool = False
+    """Sending it twice has no effect beyond its price."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One place that can answer: a configured provider and the model name to use there."""
+
+    provider: str
+    model: str
+    label: str
+    """The configured model name or glob that matched: the `model` label of metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whose request it is, and what it may do. Globs are `fnmatch` patterns; None means no restriction."""
+
+    name: str
+    models: Sequence[str] | None = None
+    providers: Sequence[str] | None = None
+    passthrough: Sequence[str] | None = ()
+    """Paths (with `/v1`) outside the known routes that this tenant may use. None: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one reply, normalised over providers. All members are counts.
+
+    `input` includes cached reads and cache writes, `output` includes reasoning: the details are subsets, never added.
+    """
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+    estimated: bool = False
+    """Counted by us, because the provider said nothing. `usage: 0` from a provider is not `estimated`."""
+
+    @property
+    def total(self) -> int:
+        return self.input + self.output
+
+
+class Event:
+    """One push to the client.
+
+    Of a plain reply: its whole body. Of a stream: one or more complete SSE events, as one read brought them.
+    Of a pass-through: whatever one read brought.
+    """
+
+    __slots__ = ("data", "usage")
+
+    def __init__(self, data: bytes, usage: Usage | None = None) -> None:
+        self.data = data
+        self.usage = usage
+
+
+class Reply(Protocol):
+    """A provider's answer, its head read and its first event at hand. Whoever opened it closes it."""
+
+    status: int
+    headers: Headers
+    stream: bool
+    """The body is an event stream. When False and the ask is not a pass-through, `events` yields exactly one event."""
+    upstream_request_id: str
+
+    @property
+    def events(self) -> AsyncIterator[Event]: ...
+
+    async def aclose(self) -> None:
+        """Frees the connection. Idempotent; after an unfinished body it closes the socket."""
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one request so far. Written by the pipeline as it learns, read once at the end by the edge."""
+
+    route: str = "unmatched"
+    tenant: str = OTHER
+    model: str = OTHER
+    provider: str = ""
+    upstream_model: str = ""
+    upstream_request_id: str = ""
+    upstream_status: int = 0
+    attempts: int = 0
+    stream: bool = False
+    usage: Usage | None = None
+    upstream_started: float = 0.0
+    """Clock readings (the event loop's, seconds); 0.0 is `never`."""
+    first_event: float = 0.0
+    upstream_ended: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+class Out(Protocol):
+    """The way back to the client. One writer: the task that runs `Pipeline.handle`."""
+
+    record: Record
+
+    async def start(self, status: int, headers: Headers, *, stream: bool = False, length: int | None = None) -> None:
+        """Status and headers. For a stream that a keep-alive has committed already, only checked."""
+
+    async def write(self, data: bytes) -> None:
+        """Bytes of the body, complete events only; waits while the client's buffer is full."""
