@@ -162,10 +162,17 @@ class UpstreamRateLimited(UpstreamError):
 
 
 class StreamInterrupted(UpstreamError):
-    """Only ever an SSE event, the last one of its stream."""
+    """Only ever an SSE event, the last one of its stream.
+
+    `event` is the provider's own error event, complete, where it sent one that every SDK raises on; else ours is written.
+    """
 
     code = "stream_interrupted"
     trips_breaker = True
+
+    def __init__(self, message: str, *, event: bytes | None = None) -> None:
+        super().__init__(message)
+        self.event = event
 
 
 def envelope(error: ProxyError) -> bytes:
@@ -180,4 +187,6 @@ def envelope(error: ProxyError) -> bytes:
 
 def sse_event(error: ProxyError) -> bytes:
     """The same as the last event of a stream: the official SDKs raise on it, whichever API they stream."""
+    if isinstance(error, StreamInterrupted) and error.event is not None:
+        return error.event
     return b"data: " + envelope(error) + b"\n\n"

@@ -126,11 +126,13 @@ class Event:
     Of a pass-through: whatever one read brought.
     """
 
-    __slots__ = ("data", "usage")
+    __slots__ = ("data", "terminator", "usage")
 
-    def __init__(self, data: bytes, usage: Usage | None = None) -> None:
+    def __init__(self, data: bytes, usage: Usage | None = None, terminator: int = 0) -> None:
         self.data = data
         self.usage = usage
+        self.terminator = terminator
+        """Bytes at the end of `data` that are the stream's terminator; 0 while it goes on."""
 
 
 class Reply(Protocol):
@@ -140,6 +142,8 @@ class Reply(Protocol):
     headers: Headers
     stream: bool
     """The body is an event stream. When False and the ask is not a pass-through, `events` yields exactly one event."""
+    length: int | None
+    """Bytes of the body, where that is known before the first of them is written."""
     upstream_request_id: str
 
     @property
@@ -175,8 +179,11 @@ class Out(Protocol):
 
     record: Record
 
+    def expect_stream(self) -> None:
+        """The client waits for an event stream: from now on silence is filled with keep-alive comments."""
+
     async def start(self, status: int, headers: Headers, *, stream: bool = False, length: int | None = None) -> None:
         """Status and headers. For a stream that a keep-alive has committed already, only checked."""
 
-    async def write(self, data: bytes) -> None:
-        """Bytes of the body, complete events only; waits while the client's buffer is full."""
+    async def write(self, event: Event) -> None:
+        """One event's bytes; waits while the client's buffer is full."""

@@ -1,0 +1,173 @@
+"""The way of one request. This is the first file to read: one function shows the whole order, and nothing else decides it.
+
+What is refused is refused before anything was sent. What must be undone is an `async with`, and only that. The reply is
+pushed to `out` inside of it, by one path for streamed and plain replies: a plain reply is one event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+from proxy.catalog import Catalog
+from proxy.errors import UpstreamError, UpstreamRateLimited
+from proxy.providers.base import Provider
+from proxy.routing import Routing
+from proxy.tokens.count import Counter
+from proxy.tokens.encodings import encoding_for
+from proxy.tokens.meter import Meter
+from proxy.types import Ask, Call, Event, Out, Record, Reply, Target, Tenant, Usage
+from proxy.validation import requests
+
+
+class Tenants(Protocol):
+    def identify(self, call: Call) -> Tenant:
+        """Raises InvalidKey or OriginNotAllowed."""
+
+
+class Pipeline:
+    """Constructed once. `clock` is the event loop's (seconds)."""
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        routing: Routing,
+        providers: Mapping[str, Provider],
+        catalog: Catalog,
+        counter: Counter,
+        *,
+        tenants_configured: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.tenants = tenants
+        self.routing = routing
+        self.providers = providers
+        self.catalog = catalog
+        self.counter = counter
+        self.tenants_configured = tenants_configured
+        self.clock = clock
+
+    async def handle(self, call: Call, out: Out) -> None:
+        """Serves `call` into `out`. Raises ProxyError; before or after the first forwarded event, `out` knows which."""
+        record = out.record
+        tenant = self.tenants.identify(call)  # 401, 403
+        record.tenant = tenant.name
+        ask = requests.parse(call, tenant, tenants_configured=self.tenants_configured)  # 400, 404, 405
+        record.route = ask.route
+        if ask.dialect == "models":
+            return await self.catalog.answer(ask, tenant, out)
+        target = self._target(ask, tenant)  # 404
+        record.model, record.provider, record.upstream_model = target.label, target.provider, target.model
+        if ask.stream:
+            record.stream = True
+            out.expect_stream()
+        async with Metered(self.counter, ask, target, record) as meter:
+            async with Attempt(
+                self.providers[target.provider], ask, target, record, self.clock
+            ) as reply:  # 429, 503, 504
+                await self._push(reply, meter, out)
+
+    def _target(self, ask: Ask, tenant: Tenant) -> Target:
+        if ask.dialect == "passthrough" or not ask.model:
+            return self.routing.passthrough(tenant)
+        return self.routing.target(ask.model, tenant)
+
+    async def _push(self, reply: Reply, meter: Metered, out: Out) -> None:
+        record = out.record
+        started = False
+        async for event in reply.events:
+            meter.see(event)
+            if not started:
+                started = True
+                record.first_event = self.clock()
+                await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
+            await out.write(event)
+        if not started:
+            await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length or 0)
+
+
+class Attempt:
+    """One try at one target: times it, closes its reply, and tells an error where it happened."""
+
+    def __init__(
+        self, provider: Provider, ask: Ask, target: Target, record: Record, clock: Callable[[], float]
+    ) -> None:
+        self._provider = provider
+        self._ask = ask
+        self._target = target
+        self._record = record
+        self._clock = clock
+        self._reply: Reply | None = None
+
+    async def __aenter__(self) -> Reply:
+        record = self._record
+        record.attempts += 1
+        record.upstream_started = self._clock()
+        try:
+            reply = await self._provider.open(self._ask, self._target.model)
+        except UpstreamError as error:
+            self._explain(error)
+            raise
+        finally:
+            record.upstream_ended = self._clock()
+        self._reply = reply
+        record.upstream_status = reply.status
+        record.upstream_request_id = reply.upstream_request_id
+        return reply
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._record.upstream_ended = self._clock()
+        if self._reply is not None:
+            await self._reply.aclose()
+
+    def _explain(self, error: UpstreamError) -> None:
+        """Adds the list of attempts, and stops SDKs from repeating what was given up on its merits."""
+        status = error.details.pop("upstream_status", None)
+        self._record.upstream_status = status or 0
+        attempt: dict[str, Any] = {"target": f"{self._target.provider}/{self._target.model}".rstrip("/")}
+        attempt["status"] = status
+        attempt["reason"] = getattr(error, "reason", error.code)
+        attempt["ms"] = round((self._clock() - self._record.upstream_started) * 1000)
+        error.details["attempts"] = [attempt]
+        if not isinstance(error, UpstreamRateLimited):
+            error.headers.append((b"x-should-retry", b"false"))
+
+
+class Metered:
+    """What one reply costs in tokens: the provider's figures where it gives them, counted and marked otherwise.
+
+    The last usage seen wins (some servers send a running total with every chunk). Written to the record on every way
+    out: a hang-up or a cut leaves an estimate of what was forwarded.
+    """
+
+    def __init__(self, counter: Counter, ask: Ask, target: Target, record: Record) -> None:
+        self._counter = counter
+        self._ask = ask
+        self._target = target
+        self._record = record
+        self._meter: Meter | None = Meter() if ask.dialect != "passthrough" else None
+        self._seen = False
+
+    async def __aenter__(self) -> Metered:
+        return self
+
+    def see(self, event: Event) -> None:
+        self._seen = True
+        if event.usage is not None:
+            self._record.usage = event.usage
+        elif self._meter is not None:
+            self._meter.see(event.data)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        record = self._record
+        if self._meter is None or not self._seen or record.usage is not None or record.upstream_status >= 300:
+            return
+        encoding = encoding_for(self._target.model)
+        prompt = await self._counter.count_prompt(self._ask.dialect, self._ask.fields, encoding)
+        output = await self._meter.output_tokens(self._counter, encoding)
+        record.usage = Usage(prompt, output, estimated=True)

@@ -1,0 +1,74 @@
+"""Which headers cross the proxy, by allow-list in both directions. Pure.
+
+What is not named here stays on its side: credentials, cookies, hop-by-hop and framing headers, the client's address,
+a provider's organisation. A new header of a vendor is added here on purpose or not at all.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from proxy.types import Headers
+
+_TO_PROVIDER: Final = frozenset({b"openai-beta", b"idempotency-key", b"x-client-request-id"})
+_TO_PROVIDER_PASSTHROUGH: Final = _TO_PROVIDER | {b"content-type", b"accept", b"range", b"if-none-match"}
+_TO_PROVIDER_OWN_KEY: Final = frozenset({b"openai-organization", b"openai-project"})
+"""They name an account: they travel only together with the caller's own key."""
+
+_TO_CLIENT: Final = frozenset(
+    {
+        b"content-type",
+        b"openai-processing-ms",
+        b"openai-version",
+        b"openai-model",
+        b"retry-after",
+        b"retry-after-ms",
+        b"x-should-retry",
+    }
+)
+_TO_CLIENT_PASSTHROUGH: Final = _TO_CLIENT | {
+    b"content-disposition",
+    b"content-encoding",
+    b"content-range",
+    b"accept-ranges",
+    b"etag",
+    b"last-modified",
+}
+_REQUEST_IDS: Final = (b"x-request-id", b"request-id", b"apim-request-id")
+_RATE_LIMIT: Final = b"x-ratelimit-"
+
+
+def to_provider(headers: Headers, *, passthrough: bool, own_key: bool) -> Headers:
+    """The client's headers that the provider gets."""
+    allowed = _TO_PROVIDER_PASSTHROUGH if passthrough else _TO_PROVIDER
+    if own_key:
+        allowed = allowed | _TO_PROVIDER_OWN_KEY
+    return [header for header in headers if header[0] in allowed]
+
+
+def to_client(headers: Headers, *, passthrough: bool) -> Headers:
+    """The provider's headers that the client gets. Its rate limits are renamed: `x-ratelimit-*` are ours alone."""
+    allowed = _TO_CLIENT_PASSTHROUGH if passthrough else _TO_CLIENT
+    kept: Headers = []
+    for name, value in headers:
+        if name in allowed:
+            kept.append((name, value))
+        elif name.startswith(_RATE_LIMIT):
+            kept.append((b"x-breakwater-upstream-ratelimit-" + name[len(_RATE_LIMIT) :], value))
+    return kept
+
+
+def request_id(headers: Headers) -> str:
+    """The provider's own id of the request, or an empty string."""
+    for name, value in headers:
+        if name in _REQUEST_IDS:
+            return value.decode("latin-1")[:128]
+    return ""
+
+
+def first(headers: Headers, wanted: bytes) -> bytes:
+    """The first value of a header, or b""."""
+    for name, value in headers:
+        if name == wanted:
+            return value
+    return b""

@@ -1,0 +1,299 @@
+"""Any server that speaks OpenAI's wire format: OpenAI itself, vLLM, Ollama, Groq, the mock, and many more.
+
+One request up, one reply down. What a status means is decided here, once::
+
+    2xx             the reply, in the shape that the client asked for
+    401 402 403     our credential's fault, not the client's: UpstreamUnavailable (with the caller's own key: passed)
+    429             UpstreamRateLimited with the provider's Retry-After
+    other 4xx       the client's fault: status and body passed unchanged, known secrets replaced
+    3xx 5xx         UpstreamUnavailable; redirects are never followed
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+from urllib.parse import urlsplit
+
+import msgspec
+import orjson
+
+from proxy import __version__
+from proxy.errors import (
+    StreamInterrupted,
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from proxy.providers.headers import first, request_id, to_client, to_provider
+from proxy.providers.replies import PlainReply, RawReply, read_whole
+from proxy.providers.reshape import chat_to_stream, edited, floats_to_base64, response_to_stream
+from proxy.providers.streams import StreamReply, Verdict, judge_chunk, judge_response_event
+from proxy.tokens.usage import usage_of
+from proxy.transport.base import Origin, Request, Response, Transport
+from proxy.types import Ask, Headers, Reply, Usage
+
+_ABSENT: Final = msgspec.Raw(b"")
+_ERROR_BYTES: Final = 4 * 1024 * 1024
+_ERROR_SECONDS: Final = 1.0
+_REMEMBERED: Final = 1024
+_AGENT: Final = (b"user-agent", b"breakwater/" + __version__.encode())
+_IDENTITY: Final = (b"accept-encoding", b"identity")
+_JSON: Final = (b"content-type", b"application/json")
+_ACCEPT_JSON: Final = (b"accept", b"application/json")
+_ACCEPT_STREAM: Final = (b"accept", b"text/event-stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds. `first_event` and `idle` hold for streams, `total` for plain replies: those have no first byte before
+    they are complete."""
+
+    first_event: float
+    idle: float
+    total: float
+
+
+class _Body(msgspec.Struct):
+    usage: msgspec.Raw = _ABSENT
+    error: msgspec.Raw = _ABSENT
+    choices: msgspec.Raw = _ABSENT
+    data: msgspec.Raw = _ABSENT
+
+
+_body = msgspec.json.Decoder(_Body).decode
+
+
+class OpenAIProvider:
+    """One configured provider. Constructed once; `open` runs concurrently."""
+
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        transport: Transport,
+        timeouts: Timeouts,
+        *,
+        api_key: str | None = None,
+        callers_key: bool = False,
+        extra_headers: Headers | None = None,
+        scrub: Callable[[bytes], bytes] = bytes,
+    ) -> None:
+        """`callers_key` passes the caller's own bearer on instead of `api_key`; `scrub` takes known secrets out of a
+        body that is passed to the client."""
+        self.name = name
+        self.timeouts = timeouts
+        self._transport = transport
+        url = urlsplit(base_url)
+        self._origin = Origin(url.scheme, url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+        self._prefix = url.path.rstrip("/").encode()
+        self._callers_key = callers_key
+        self._fixed: Headers = [_AGENT, _IDENTITY, *(extra_headers or [])]
+        if api_key is not None:
+            self._fixed.append((b"authorization", b"Bearer " + api_key.encode()))
+        self._scrub = scrub
+        self._now = asyncio.get_running_loop().time
+        self._refuses_usage: set[str] = set()
+        """Models whose server answered our own wish for usage with 400."""
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    async def open(self, ask: Ask, model: str) -> Reply:
+        """See `Provider.open`."""
+        asked_usage = (
+            ask.stream
+            and ask.dialect in ("chat", "completions")
+            and not ask.wants_usage
+            and model not in self._refuses_usage
+        )
+        deadline = self._now() + (self.timeouts.first_event if ask.stream else self.timeouts.total)
+        response = await self._transport.send(self._request(ask, model, asked_usage), deadline)
+        try:
+            reply = await self._reply(ask, response, deadline, asked_usage)
+        except BaseException:
+            await response.aclose()
+            raise
+        if isinstance(reply, PlainReply):
+            await response.aclose()
+        if asked_usage and reply.status == 400 and isinstance(reply, PlainReply) and _names_usage_option(reply):
+            if len(self._refuses_usage) >= _REMEMBERED:
+                self._refuses_usage.clear()
+            self._refuses_usage.add(model)
+            return await self.open(ask, model)
+        return reply
+
+    # --- up ---------------------------------------------------------------------------------------------------------
+
+    def _request(self, ask: Ask, model: str, asked_usage: bool) -> Request:
+        call = ask.call
+        passthrough = ask.dialect == "passthrough"
+        headers = to_provider(call.headers, passthrough=passthrough, own_key=self._callers_key)
+        headers += self._fixed
+        headers.append((b"traceparent", call.traceparent.encode()))
+        if self._callers_key:
+            headers.append((b"authorization", b"Bearer " + caller_key(call.headers)))
+        if passthrough:
+            body, path, method = call.body, call.raw_path[3:], call.method.encode()
+        elif ask.dialect == "models":
+            body, path, method = b"", b"/models", b"GET"
+            headers.append(_ACCEPT_JSON)
+        else:
+            body, path, method = call.body, call.path[3:].encode(), b"POST"
+            if model != ask.model or asked_usage:
+                body = edited(ask.fields, model=model, with_usage=asked_usage)
+            headers.append(_JSON)
+            headers.append(_ACCEPT_STREAM if ask.stream else _ACCEPT_JSON)
+        target = self._prefix + path
+        if call.query and ask.dialect != "models":
+            target += b"?" + call.query
+        return Request(self._origin, method, target, headers, body, ask.replayable)
+
+    # --- down -------------------------------------------------------------------------------------------------------
+
+    async def _reply(self, ask: Ask, response: Response, deadline: float, asked_usage: bool) -> Reply:
+        status = response.status
+        if not 200 <= status < 300:
+            return await self._refusal(response, deadline)
+        passthrough = ask.dialect == "passthrough"
+        headers = to_client(response.headers, passthrough=passthrough)
+        upstream_id = request_id(response.headers)
+        if first(response.headers, b"content-type")[:17].lower() == b"text/event-stream" and (
+            ask.stream or passthrough
+        ):
+            return await self._stream(ask, response, headers, deadline, asked_usage)
+        if passthrough:
+            return RawReply(response, headers, idle=self.timeouts.idle, upstream_request_id=upstream_id)
+        body = await read_whole(response, deadline)
+        usage = _usage_in(body)
+        if ask.stream:
+            body, headers = _as_stream(ask, body), _typed(headers, b"text/event-stream; charset=utf-8")
+        elif ask.wants_base64:
+            body = floats_to_base64(body)
+        return PlainReply(status, headers, body, usage=usage, upstream_request_id=upstream_id, stream=ask.stream)
+
+    async def _stream(
+        self, ask: Ask, response: Response, headers: Headers, deadline: float, asked_usage: bool
+    ) -> Reply:
+        judge: Callable[[bytes, bytes], Verdict | None]
+        if ask.dialect == "responses":
+            judge = judge_response_event
+        elif ask.dialect == "passthrough":
+            judge = _pass_any
+        else:
+            judge = partial(judge_chunk, asked_usage=asked_usage)
+        reply = StreamReply(
+            response,
+            headers,
+            judge=judge,
+            idle=self.timeouts.idle,
+            terminated=ask.dialect != "passthrough",
+            upstream_request_id=request_id(response.headers),
+            scrub=self._scrub,
+        )
+        try:
+            await reply.first(deadline)
+        except StreamInterrupted as error:
+            return self._error_first(error, headers)
+        return reply
+
+    def _error_first(self, error: StreamInterrupted, headers: Headers) -> Reply:
+        """200 and then an error: nothing was forwarded yet, so it can still be the status answer that it should be."""
+        details = _error_object(error.event)
+        if details is not None and details.get("type") == "invalid_request_error":
+            body = orjson.dumps({"error": details})
+            return PlainReply(400, _typed(headers, b"application/json"), body)
+        raise UpstreamUnavailable("The provider answered with an error event.") from error
+
+    async def _refusal(self, response: Response, deadline: float) -> Reply:
+        status = response.status
+        own_fault = status in (401, 402, 403) and not self._callers_key
+        if status == 429 or status >= 500 or status < 400 or own_fault:
+            await self._finish_error(response, deadline)
+        if status == 429:
+            retry = [h for h in response.headers if h[0] in (b"retry-after", b"retry-after-ms")]
+            raise UpstreamRateLimited("The provider's rate limit is reached.", headers=retry, upstream_status=429)
+        if own_fault:
+            raise UpstreamUnavailable("The provider did not accept this gateway's credential.", upstream_status=status)
+        if status == 504:
+            raise UpstreamTimeout("The provider answered 504: it timed out itself.", upstream_status=status)
+        if status >= 500 or status < 400:
+            raise UpstreamUnavailable(f"The provider answered {status}.", upstream_status=status)
+        body = self._scrub(await read_whole(response, deadline, _ERROR_BYTES))
+        headers = to_client(response.headers, passthrough=False)
+        return PlainReply(status, headers, body, upstream_request_id=request_id(response.headers))
+
+    async def _finish_error(self, response: Response, deadline: float) -> None:
+        """Reads what is left of an answer that we only report, so that its connection can serve again."""
+        try:
+            await read_whole(response, min(deadline, self._now() + _ERROR_SECONDS), _ERROR_BYTES)
+        except UpstreamError:
+            pass
+
+
+def caller_key(headers: Headers) -> bytes:
+    """The key that the caller presented, in whichever of the three headers; b"" when there is none."""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            return key if scheme.lower() == b"bearer" else b""
+        if name in (b"api-key", b"x-api-key"):
+            return value
+    return b""
+
+
+def _usage_in(body: bytes) -> Usage | None:
+    """The usage of a plain reply. Raises UpstreamBroken when it is no JSON object, UpstreamUnavailable when it is an
+    error in the clothes of a success (some routers answer 200 once the model has started)."""
+    try:
+        reply = _body(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UpstreamBroken("The provider's reply is not a JSON object.", reason="protocol") from error
+    if reply.error is not _ABSENT and bytes(reply.error) != b"null" and _is_bare_error(body):
+        raise UpstreamUnavailable("The provider answered 200 with an error.")
+    return None if reply.usage is _ABSENT else usage_of(reply.usage)
+
+
+def _is_bare_error(body: bytes) -> bool:
+    reply = msgspec.json.decode(body)
+    return not any(reply.get(member) for member in ("choices", "data", "output", "object"))
+
+
+def _as_stream(ask: Ask, body: bytes) -> bytes:
+    try:
+        if ask.dialect == "responses":
+            return response_to_stream(body)
+        return chat_to_stream(body, with_usage=ask.wants_usage)
+    except ValueError as error:
+        raise UpstreamBroken(
+            "The provider answered a stream with a body of another kind.", reason="protocol"
+        ) from error
+
+
+def _pass_any(raw: bytes, data: bytes) -> Verdict | None:
+    """A pass-through stream has no dialect: any event is good."""
+    return None
+
+
+def _typed(headers: Headers, content_type: bytes) -> Headers:
+    return [header for header in headers if header[0] != b"content-type"] + [(b"content-type", content_type)]
+
+
+def _names_usage_option(reply: PlainReply) -> bool:
+    body = reply.body
+    return b"stream_options" in body or b"include_usage" in body
+
+
+def _error_object(event: bytes | None) -> dict[str, object] | None:
+    if event is None:
+        return None
+    try:
+        error = orjson.loads(event.partition(b"data:")[2])["error"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    return error if isinstance(error, dict) else None

@@ -1,0 +1,118 @@
+"""Replies that are no event streams: one body at once, or bytes passed through."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator
+
+from proxy.errors import UpstreamBroken
+from proxy.providers.headers import first
+from proxy.transport.base import Response
+from proxy.types import Event, Headers, Usage
+
+MAX_BODY_BYTES = 128 * 1024 * 1024
+"""Of one plain reply. The largest legitimate one known: 2,048 embeddings of 3,072 floats, 75 MiB as text."""
+
+
+async def read_whole(response: Response, deadline: float, limit: int = MAX_BODY_BYTES) -> bytes:
+    """The whole body, decompressed. Raises UpstreamBroken (too_large, encoding, …) and UpstreamTimeout."""
+    piece = await response.read(deadline)
+    pieces = []
+    size = 0
+    while piece:
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise UpstreamBroken("The provider's reply is too large.", reason="too_large")
+        piece = await response.read(deadline)
+    body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    encoding = first(response.headers, b"content-encoding").strip().lower()
+    return body if encoding in (b"", b"identity") else _inflate(body, encoding, limit)
+
+
+def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
+    """We ask for `identity`; a server that compresses all the same mostly uses gzip."""
+    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
+        raise UpstreamBroken("The provider used a content encoding that was not asked for.", reason="encoding")
+    inflater = zlib.decompressobj(wbits=47)
+    try:
+        plain = inflater.decompress(body, limit)
+    except zlib.error as error:
+        raise UpstreamBroken("The provider's compressed reply is damaged.", reason="encoding") from error
+    if inflater.unconsumed_tail:
+        raise UpstreamBroken("The provider's reply is too large.", reason="too_large")
+    if not inflater.eof:
+        raise UpstreamBroken("The provider's compressed reply is damaged.", reason="encoding")
+    return plain
+
+
+class PlainReply:
+    """One whole body: exactly one event. The connection is free already."""
+
+    def __init__(
+        self,
+        status: int,
+        headers: Headers,
+        body: bytes,
+        *,
+        usage: Usage | None = None,
+        upstream_request_id: str = "",
+        stream: bool = False,
+    ) -> None:
+        """`stream`: the body is a finished event stream (a plain answer to a wish for one)."""
+        self.status = status
+        self.headers = headers
+        self.stream = stream
+        self.length = None if stream else len(body)
+        self.upstream_request_id = upstream_request_id
+        self.body = body
+        self._event: Event | None = Event(body, usage)
+
+    @property
+    def events(self) -> PlainReply:
+        return self
+
+    def __aiter__(self) -> PlainReply:
+        return self
+
+    async def __anext__(self) -> Event:
+        event, self._event = self._event, None
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    async def aclose(self) -> None:
+        """Nothing is held."""
+
+
+class RawReply:
+    """Bytes passed through as they come, of any type and size. Only its framing tells a whole body from a cut one."""
+
+    stream = False
+
+    def __init__(self, response: Response, headers: Headers, *, idle: float, upstream_request_id: str) -> None:
+        self.status = response.status
+        self.headers = headers
+        self.upstream_request_id = upstream_request_id
+        length = first(response.headers, b"content-length")
+        self.length = int(length) if length.isdigit() else None
+        self._response = response
+        self._idle = idle
+        self._now = asyncio.get_running_loop().time
+
+    @property
+    def events(self) -> AsyncIterator[Event]:
+        return self
+
+    def __aiter__(self) -> RawReply:
+        return self
+
+    async def __anext__(self) -> Event:
+        piece = await self._response.read(self._now() + self._idle)
+        if not piece:
+            raise StopAsyncIteration
+        return Event(piece)
+
+    async def aclose(self) -> None:
+        await self._response.aclose()

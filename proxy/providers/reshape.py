@@ -1,0 +1,121 @@
+"""Bodies that must change their shape between provider and client, and those that must not be taken for another. Pure.
+
+Three cases, each met in the field: a server that ignores `encoding_format: base64`, and the JavaScript SDK then decodes
+its floats into an empty vector without a word; a server that answers `stream: true` with one JSON body, which every SDK
+reads as a stream without chunks; and our own wish for usage in a stream, of which the client must see nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from struct import pack
+from typing import Any
+
+import msgspec
+import orjson
+
+_encode = msgspec.json.Encoder().encode
+_INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
+_NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|"usage"\s*:\s*null\s*,\s*')
+
+
+class _Usage(msgspec.Struct):
+    usage: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_usage = msgspec.json.Decoder(_Usage).decode
+
+
+def edited(fields: Mapping[str, msgspec.Raw], *, model: str, with_usage: bool) -> bytes:
+    """The client's body with another `model`, and with usage asked for. Every other member stays byte for byte."""
+    changed = dict(fields)
+    changed["model"] = msgspec.Raw(_encode(model))
+    if with_usage:
+        changed["stream_options"] = _with_usage(fields.get("stream_options"))
+    return _encode(changed)
+
+
+def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
+    known = orjson.loads(memoryview(options)) if options is not None else None
+    if not known:
+        return _INCLUDE_USAGE
+    return msgspec.Raw(_encode({**known, "include_usage": True}))
+
+
+def without_null_usage(payload: bytes) -> bytes:
+    """A chunk's JSON without its top-level `"usage":null`, otherwise untouched. It must have one."""
+    if payload.endswith(b',"usage":null}'):
+        return payload[:-14] + b"}"
+    for match in _NULL_USAGE.finditer(payload):
+        candidate = payload[: match.start()] + payload[match.end() :]
+        if _usage(candidate).usage is msgspec.UNSET:
+            return candidate
+    return payload
+
+
+def floats_to_base64(body: bytes) -> bytes:
+    """An embeddings reply with its float lists packed as little-endian float32 in base64, as the client asked.
+
+    Vectors that are no lists of numbers, or hold one beyond float32, stay. Raises orjson.JSONDecodeError.
+    """
+    if b'"embedding"' not in body:
+        return body
+    reply = orjson.loads(body)
+    data = reply.get("data") if isinstance(reply, dict) else None
+    changed = False
+    for entry in data if isinstance(data, list) else ():
+        vector = entry.get("embedding") if isinstance(entry, dict) else None
+        if isinstance(vector, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in vector):
+            try:
+                packed = pack(f"<{len(vector)}f", *vector)
+            except OverflowError:
+                continue
+            entry["embedding"] = base64.b64encode(packed).decode()
+            changed = True
+    return orjson.dumps(reply) if changed else body
+
+
+def chat_to_stream(body: bytes, *, with_usage: bool) -> bytes:
+    """A whole chat or legacy completion as the event stream that the client asked for, with its terminator.
+
+    Raises ValueError when the body is no completion.
+    """
+    reply = orjson.loads(body)
+    if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
+        raise ValueError("no completion")
+    usage = reply.pop("usage", None)
+    if reply.get("object") == "chat.completion":
+        reply["object"] = "chat.completion.chunk"
+    reply["choices"] = [_as_delta(choice) for choice in reply["choices"]]
+    lines = [reply]
+    if with_usage and usage is not None:
+        lines.append({**reply, "choices": [], "usage": usage})
+    return b"".join(b"data: " + orjson.dumps(line) + b"\n\n" for line in lines) + b"data: [DONE]\n\n"
+
+
+def _as_delta(choice: Any) -> Any:
+    if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+        return choice
+    delta = dict(choice["message"])
+    calls = delta.get("tool_calls")
+    if isinstance(calls, list):
+        delta["tool_calls"] = [
+            {"index": index, **call} if isinstance(call, dict) else call for index, call in enumerate(calls)
+        ]
+    return {**{key: value for key, value in choice.items() if key != "message"}, "delta": delta}
+
+
+def response_to_stream(body: bytes) -> bytes:
+    """A whole response as an event stream of its first and its last event. Raises ValueError when it is none."""
+    reply = orjson.loads(body)
+    status = reply.get("status") if isinstance(reply, dict) else None
+    if not isinstance(status, str):
+        raise ValueError("no response")
+    last = status if status in ("incomplete", "failed") else "completed"
+    events = (
+        {"type": "response.created", "sequence_number": 0, "response": {**reply, "status": "in_progress"}},
+        {"type": f"response.{last}", "sequence_number": 1, "response": reply},
+    )
+    return b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), orjson.dumps(event)) for event in events)

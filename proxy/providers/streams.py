@@ -1,0 +1,256 @@
+"""The stream contract: what a provider's event stream must look like, and what becomes of one that does not.
+
+Events pass as they come. Per event one shallow decode (0.4 us) tells what matters: is it JSON at all, does it carry
+usage, is it an error, is it the terminator. Nothing is re-encoded; where we asked for usage on our own account, the
+usage chunk is left out and `,"usage":null` cut from the others.
+
+A stream ends in exactly one of three ways::
+
+    terminator    chat, completions: [DONE]      responses: response.completed | .incomplete | .failed
+    error event   the provider's own, if every SDK raises on it, else StreamInterrupted
+    StreamInterrupted   it stopped early, died, stalled, or sent what is no event of the dialect
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from proxy.errors import StreamInterrupted, UpstreamBroken, UpstreamError, UpstreamTimeout
+from proxy.providers.reshape import without_null_usage
+from proxy.tokens.usage import usage_of
+from proxy.transport.base import Response
+from proxy.transport.sse import EventTooLarge, Splitter, events
+from proxy.types import Event, Headers, Usage
+
+_ABSENT = msgspec.Raw(b"")
+_DRAIN_SECONDS = 0.25
+"""How long a finished stream may take to end its body too, so that its connection can serve again."""
+_TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+
+class _Chunk(msgspec.Struct):
+    usage: msgspec.Raw = _ABSENT
+    error: msgspec.Raw = _ABSENT
+    choices: msgspec.Raw = _ABSENT
+
+
+class _Typed(msgspec.Struct):
+    type: str = ""
+    error: msgspec.Raw = _ABSENT
+
+
+class _Terminal(msgspec.Struct):
+    class Body(msgspec.Struct):
+        usage: msgspec.Raw = _ABSENT
+
+    response: Body
+
+
+_chunk = msgspec.json.Decoder(_Chunk).decode
+_typed = msgspec.json.Decoder(_Typed).decode
+_terminal = msgspec.json.Decoder(_Terminal).decode
+_value = msgspec.json.Decoder().decode
+
+
+class Interrupted(Exception):
+    """Internal: the event at hand ends the stream badly. `event` as in StreamInterrupted."""
+
+    def __init__(self, message: str, event: bytes | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.event = event
+
+
+class Verdict:
+    """What one event means: bytes to pass on (b"" to leave it out), usage it told, whether it ends the stream."""
+
+    __slots__ = ("last", "passed", "usage")
+
+    def __init__(self, passed: bytes, usage: Usage | None = None, last: bool = False) -> None:
+        self.passed = passed
+        self.usage = usage
+        self.last = last
+
+
+def judge_chunk(raw: bytes, data: bytes, *, asked_usage: bool) -> Verdict | None:
+    """One event of a chat or legacy completion; None for the ordinary case: pass it as it is. Raises Interrupted."""
+    if data.startswith(b"[DONE]"):
+        return Verdict(raw, last=True)
+    try:
+        chunk = _chunk(data)
+    except (msgspec.DecodeError, RecursionError):
+        raise Interrupted("The provider sent an event that is not valid JSON.") from None
+    if chunk.error is not _ABSENT and bytes(chunk.error) != b"null":
+        raise _provider_error(raw, chunk.error)
+    if chunk.usage is _ABSENT:
+        return None
+    if bytes(chunk.usage) == b"null":
+        if not asked_usage:
+            return None
+        return Verdict(raw.replace(data, without_null_usage(data), 1))
+    usage = usage_of(chunk.usage)
+    drop = asked_usage and bytes(chunk.choices).strip(b"[] \n\r\t") == b""
+    return Verdict(b"" if drop else raw, usage)
+
+
+def judge_response_event(raw: bytes, data: bytes) -> Verdict | None:
+    """One event of a response. Its own terminators end it; a `[DONE]` that a server adds does too."""
+    if data.startswith(b"[DONE]"):
+        return Verdict(raw, last=True)
+    try:
+        event = _typed(data)
+        if event.type in _TERMINAL:
+            return Verdict(raw, usage_of(_terminal(data).response.usage), last=True)
+    except (msgspec.DecodeError, RecursionError):
+        raise Interrupted("The provider sent an event that is not valid JSON.") from None
+    if event.type == "error":
+        raise Interrupted("The provider ended the stream with an error.", raw)
+    if event.error is not _ABSENT and bytes(event.error) != b"null":
+        raise _provider_error(raw, event.error)
+    return None
+
+
+def _provider_error(raw: bytes, error: msgspec.Raw) -> Interrupted:
+    """An error object is raised by every SDK; any other form is not, and is replaced by ours."""
+    message = "The provider ended the stream with an error."
+    return Interrupted(message, raw if isinstance(_value(error), dict) else None)
+
+
+class StreamReply:
+    """A provider's event stream. `first()` must be awaited once before its events are taken."""
+
+    stream = True
+    length = None
+
+    def __init__(
+        self,
+        response: Response,
+        headers: Headers,
+        *,
+        judge: Callable[[bytes, bytes], Verdict | None],
+        idle: float,
+        terminated: bool,
+        upstream_request_id: str,
+        scrub: Callable[[bytes], bytes],
+    ) -> None:
+        """`judge(raw, data)` knows the dialect; `idle` is the longest silence in seconds; `terminated` says that the
+        dialect has a terminator, without which a clean end is a broken one."""
+        self.status = response.status
+        self.headers = headers
+        self.upstream_request_id = upstream_request_id
+        self._response = response
+        self._splitter = Splitter()
+        self._judge = judge
+        self._idle = idle
+        self._terminated = terminated
+        self._scrub = scrub
+        self._now = asyncio.get_running_loop().time
+        self._ready: Event | None = None
+        self._ended = False
+        self._failed: StreamInterrupted | None = None
+
+    async def first(self, deadline: float) -> None:
+        """Waits for the first event that is more than a comment. Comments before it are dropped: we send our own.
+
+        Raises UpstreamTimeout, UpstreamBroken, and StreamInterrupted for a stream that begins with an error.
+        """
+        while self._ready is None:
+            piece = await self._response.read(deadline)
+            if not piece:
+                if not self._terminated:
+                    self._ended = True
+                    return
+                raise UpstreamBroken("The provider ended its stream before the first event.", reason="closed")
+            event = self._take(piece, skip_comments=True)
+            if event is not None:
+                self._ready = event
+            elif self._failed is not None:
+                raise self._failed
+            elif self._ended:
+                self._ready = Event(b"")
+
+    @property
+    def events(self) -> StreamReply:
+        return self
+
+    def __aiter__(self) -> StreamReply:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._ready is not None:
+            event, self._ready = self._ready, None
+            return event
+        while not self._ended:
+            if self._failed is not None:
+                raise self._failed
+            try:
+                piece = await self._response.read(self._now() + self._idle)
+            except UpstreamTimeout as error:
+                raise StreamInterrupted("The provider sent nothing for too long.") from error
+            except UpstreamError as error:
+                raise StreamInterrupted("The connection to the provider broke in the middle of the stream.") from error
+            if not piece:
+                return self._at_end()
+            event_or_none = self._take(piece)
+            if event_or_none is not None:
+                return event_or_none
+        await self._drain()
+        raise StopAsyncIteration
+
+    def _at_end(self) -> Event:
+        if self._terminated or self._splitter.held:
+            raise StreamInterrupted("The provider ended the stream before it was complete.")
+        self._ended = True
+        raise StopAsyncIteration
+
+    def _take(self, piece: bytes, *, skip_comments: bool = False) -> Event | None:
+        """The events that `piece` completes, as one push. A failure among them waits until those before it are out."""
+        try:
+            block = self._splitter.feed(piece)
+        except EventTooLarge:
+            self._failed = StreamInterrupted("The provider sent an event that is too large.")
+            return None
+        if not block:
+            return None
+        passed: list[bytes] = []
+        changed = skip_comments
+        usage: Usage | None = None
+        terminator = 0
+        try:
+            for raw, _, data in events(block):
+                if data is None:
+                    if not skip_comments or passed:
+                        passed.append(raw)
+                    continue
+                verdict = self._judge(raw, data)
+                if verdict is None:
+                    passed.append(raw)
+                    continue
+                changed = True
+                passed.append(verdict.passed)
+                usage = verdict.usage or usage
+                if verdict.last:
+                    self._ended = True
+                    terminator = len(raw)
+                    break
+        except Interrupted as stop:
+            changed = True
+            event = self._scrub(stop.event) if stop.event is not None else None
+            self._failed = StreamInterrupted(stop.message, event=event)
+        data_out = b"".join(passed) if changed else block
+        return Event(data_out, usage, terminator) if data_out or usage else None
+
+    async def _drain(self) -> None:
+        """After the terminator: lets the body end, so that the connection is reusable. What still comes is ignored."""
+        deadline = self._now() + _DRAIN_SECONDS
+        try:
+            while await self._response.read(deadline):
+                pass
+        except UpstreamError:
+            pass
+
+    async def aclose(self) -> None:
+        await self._response.aclose()

@@ -1,0 +1,243 @@
+"""From a call to an ask: which route it is, and whether its body can be served at all. Pure.
+
+The body is decoded once, as `dict[str, msgspec.Raw]`: the top level becomes canonical (one value a key), everything
+below stays the client's own bytes, to be forwarded as they came. Only members that we act on are read further, and
+those are read strictly; all others travel unread, so that what a provider learns tomorrow passes today.
+
+Two parsers that disagree about one body are a way to smuggle. Hence: the body is valid UTF-8 from end to end, a
+top-level key stands once, and what we read is exactly what the provider will read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import orjson
+
+from proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
+from proxy.types import Ask, Call, Dialect, Tenant
+
+MAX_MODEL_CHARS = 256
+MAX_CHOICES = 128
+MAX_TOKENS = 2**31 - 1
+_TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_JSON_ROUTES: dict[str, Dialect] = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/embeddings": "embeddings",
+    "/v1/responses": "responses",
+}
+_RESPONSES_TOOLS_WITHOUT_EFFECT = ("function", "custom")
+_UNSAFE_PATH = re.compile(rb"%(?:2e|2f|5c|00|25|0[ad])|\.\.|//|[\\;\x00-\x20\x7f-\xff]", re.IGNORECASE)
+
+_top_level = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_KEY = re.compile(rb'[\s{,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
+
+
+def parse(call: Call, tenant: Tenant, *, tenants_configured: bool) -> Ask:
+    """What `call` asks for. Raises InvalidRequest, NotFound, MethodNotAllowed."""
+    path = call.path
+    dialect = _JSON_ROUTES.get(path)
+    if dialect is not None:
+        if call.method != "POST":
+            raise _method_not_allowed(call, b"POST")
+        ask = Ask(dialect, path, call)
+        _read_body(ask, call.body)
+        if dialect == "responses":
+            _read_responses(ask, stored_allowed=not tenants_configured)
+        return ask
+    if path == "/v1/models" or path.startswith("/v1/models/"):
+        if call.method not in ("GET", "HEAD"):
+            raise _method_not_allowed(call, b"GET, HEAD")
+        route = "/v1/models" if path == "/v1/models" else "/v1/models/{id}"
+        return Ask("models", route, call, model=path[len("/v1/models/") :])
+    if path.startswith("/v1/responses/") and tenants_configured:
+        # The provider keeps these objects by account, not by tenant: nobody remembers yet whose they are.
+        raise NotFound(f"No stored response at {_shown(path)}.", code="unsupported_route")
+    return _passthrough(call, tenant)
+
+
+def _passthrough(call: Call, tenant: Tenant) -> Ask:
+    if _UNSAFE_PATH.search(call.raw_path):
+        raise InvalidRequest("The path holds an encoded or doubled separator, a dot segment or a control character.")
+    if tenant.passthrough is not None and not any(_glob(pattern, call.path) for pattern in tenant.passthrough):
+        raise NotFound(
+            f"{_shown(call.path)} is not a route of this gateway. Paths beyond its own are forwarded only where "
+            "tenants[].passthrough allows them.",
+            code="unsupported_route",
+        )
+    if call.method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
+        raise _method_not_allowed(call, b"GET, HEAD, POST, PUT, PATCH, DELETE")
+    return Ask("passthrough", "passthrough", call, replayable=call.method in ("GET", "HEAD"))
+
+
+def _glob(pattern: str, path: str) -> bool:
+    """`*` spans anything, also slashes: `/v1/audio/*` allows everything below it."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), path, re.DOTALL) is not None
+
+
+def _method_not_allowed(call: Call, allow: bytes) -> MethodNotAllowed:
+    return MethodNotAllowed(
+        f"{_shown(call.path)} takes {allow.decode()}, not {_shown(call.method)}.", headers=[(b"allow", allow)]
+    )
+
+
+def _shown(text: str) -> str:
+    """A client's text in our message: printable, and not longer than a line."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
+# --- bodies ---------------------------------------------------------------------------------------------------------
+
+
+def _read_body(ask: Ask, body: bytes) -> None:
+    if not body:
+        raise InvalidRequest("The request has no body. Send a JSON object.", code="invalid_json")
+    encoding = ask.call.header(b"content-encoding")
+    if encoding is not None and encoding.strip().lower() != b"identity":
+        raise InvalidRequest("Compressed request bodies are not accepted; send it without Content-Encoding.")
+    ask.fields = fields = decode(body)
+    ask.model = _model(fields)
+    ask.stream = _boolean(fields, "stream")
+    for name in _TOKEN_LIMITS:
+        if name in fields:
+            _integer(fields, name, 1, MAX_TOKENS)
+    if "n" in fields:
+        _integer(fields, "n", 1, MAX_CHOICES)
+    ask.replayable = True
+    if ask.dialect == "chat":
+        messages = fields.get("messages")
+        if messages is None or bytes(memoryview(messages)[:1]) != b"[":
+            raise InvalidRequest("'messages' must be an array of messages.", param="messages")
+        ask.replayable = not _boolean(fields, "store")
+    elif ask.dialect == "embeddings":
+        if ask.stream:
+            raise InvalidRequest("Embeddings do not stream.", param="stream")
+        wanted = _member(fields, "encoding_format")
+        ask.wants_base64 = wanted == "base64"
+    if ask.stream and ask.dialect in ("chat", "completions"):
+        options = _member(fields, "stream_options")
+        if options is not None and not isinstance(options, dict):
+            raise InvalidRequest("'stream_options' must be an object.", param="stream_options")
+        # vLLM reads an empty object as a wish for usage, OpenAI does not: only the member itself counts as asked for.
+        ask.wants_usage = bool(options and options.get("include_usage"))
+
+
+def decode(body: bytes) -> dict[str, msgspec.Raw]:
+    """The top level of a JSON object, its members still bytes. Raises InvalidRequest with code `invalid_json`."""
+    try:
+        if not body.isascii():
+            body.decode("utf-8")
+        fields = _top_level(body)
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body is not valid UTF-8.", code="invalid_json") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
+    except msgspec.ValidationError:
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json") from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON{_position(error)}.", code="invalid_json") from None
+    _refuse_duplicates(body, fields)
+    return fields
+
+
+def _position(error: msgspec.DecodeError) -> str:
+    """Where the parser stopped. Only its number is taken: the rest of its text could quote the body."""
+    match = re.search(r"\(byte (\d+)\)", error.args[0] if error.args else "")
+    return f" (at byte {match[1]})" if match else " (it ends too early)"
+
+
+def _refuse_duplicates(body: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
+    """Raises InvalidRequest when a top-level key stands twice: two readers could take two values.
+
+    A compact body (as every SDK sends it) is exactly as long as its members; a second key would make it longer. Only a
+    body with blanks is walked key by key, its values skipped by their known bytes.
+    """
+    length = 1 + 4 * len(fields) if fields else 2
+    for key, value in fields.items():
+        length += len(key) + len(memoryview(value))
+    if length == len(body):
+        return
+    seen: set[bytes] = set()
+    position = body.index(b"{") + 1
+    while match := _KEY.match(body, position):
+        written = match[1]
+        key = orjson.loads(b'"' + written + b'"') if b"\\" in written else written.decode()
+        value = memoryview(fields[key])
+        position = match.end()
+        if key in seen or body[position : position + len(value)] != value:
+            raise InvalidRequest(f"The key {_shown(key)!r} stands twice in the body.", code="invalid_json")
+        seen.add(key)
+        position += len(value)
+
+
+def _member(fields: Mapping[str, msgspec.Raw], name: str) -> Any:
+    """One top-level member, parsed strictly. None when absent or null. Raises InvalidRequest naming it."""
+    raw = fields.get(name)
+    if raw is None:
+        return None
+    try:
+        return orjson.loads(memoryview(raw))
+    except orjson.JSONDecodeError:
+        raise InvalidRequest(f"'{name}' holds a value that JSON does not allow.", param=name) from None
+
+
+def _model(fields: Mapping[str, msgspec.Raw]) -> str:
+    model = _member(fields, "model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequest("'model' must be the name of a model.", param="model")
+    if len(model) > MAX_MODEL_CHARS or not model.isprintable():
+        raise InvalidRequest(f"'model' is longer than {MAX_MODEL_CHARS} characters or not printable.", param="model")
+    return model
+
+
+def _boolean(fields: Mapping[str, msgspec.Raw], name: str) -> bool:
+    value = _member(fields, name)
+    if value is None or value is False:
+        return False
+    if value is not True:
+        raise InvalidRequest(f"'{name}' must be true or false.", param=name)
+    return True
+
+
+def _integer(fields: Mapping[str, msgspec.Raw], name: str, least: int, most: int) -> None:
+    value = _member(fields, name)
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InvalidRequest(f"'{name}' must be a whole number from {least} to {most}.", param=name)
+
+
+# --- responses ------------------------------------------------------------------------------------------------------
+
+
+def _read_responses(ask: Ask, *, stored_allowed: bool) -> None:
+    """What a response refers to decides who may send it, and whether it may be sent twice."""
+    fields = ask.fields
+    stores = _member(fields, "store") is not False  # its default is true
+    refers = [name for name in ("previous_response_id", "conversation") if _member(fields, name) is not None]
+    if not stored_allowed:
+        if not refers and _refers_to_items(fields):
+            refers = ["input"]
+        if refers:
+            raise NotFound(
+                f"'{refers[0]}' names an object that this gateway does not know to be yours.",
+                code="unsupported_route",
+                param=refers[0],
+            )
+    tools = _member(fields, "tools") or []
+    hosted = not isinstance(tools, list) or any(
+        not isinstance(tool, dict) or tool.get("type") not in _RESPONSES_TOOLS_WITHOUT_EFFECT for tool in tools
+    )
+    ask.replayable = not (stores or refers or hosted or _member(fields, "background"))
+
+
+def _refers_to_items(fields: Mapping[str, msgspec.Raw]) -> bool:
+    raw = fields.get("input")
+    if raw is None or bytes(memoryview(raw)[:1]) != b"[":
+        return False
+    items = _member(fields, "input")
+    return any(isinstance(item, dict) and item.get("type") == "item_reference" for item in items)
