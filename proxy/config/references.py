@@ -1,0 +1,81 @@
+"""Rules that hold between sections: names that must exist, keys and names that must be unique. Pure.
+
+They work on a configuration of which parts are invalid, so that their findings stand beside those on the parts: a part
+that could not be read at all is None, a single value an empty text. No message quotes a key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from proxy.config.problems import Path, did_you_mean, render
+from proxy.edge.settings import AdminSettings, TenantSettings
+from proxy.providers.settings import OpenAISettings, ProviderSettings
+
+if TYPE_CHECKING:
+    from proxy.config.settings import ModelSettings
+
+_PROVIDER = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_CLIENT_WITH_TENANTS = (
+    "'client' passes the caller's own key on, but with tenants that is a key of this proxy: set the provider's own key"
+)
+
+Finding = tuple[Path, str]
+
+
+def findings(
+    providers: Mapping[str, ProviderSettings | None],
+    models: Sequence[ModelSettings | None],
+    tenants: Sequence[TenantSettings | None],
+    admin: AdminSettings | None,
+) -> Iterator[Finding]:
+    """Every broken rule, as the path of the value at fault and a message."""
+    yield from _providers(providers, bool(tenants))
+    yield from _unique_names("models", models)
+    for index, model in enumerate(models):
+        targets = [target.partition("/")[0] for target in model.targets] if model else []
+        yield from _dangling(("models", index, "targets"), targets, providers)
+    yield from _unique_names("tenants", tenants)
+    for index, tenant in enumerate(tenants):
+        yield from _dangling(("tenants", index, "providers"), (tenant and tenant.providers) or (), providers)
+    yield from _unique_keys(tenants, admin)
+
+
+def _providers(providers: Mapping[str, ProviderSettings | None], with_tenants: bool) -> Iterator[Finding]:
+    if not providers:
+        yield ("providers",), "at least one is needed, such as: providers: {openai: {kind: openai}}"
+    for name, provider in providers.items():
+        if not _PROVIDER.fullmatch(name):
+            rule = "expected a name of 1 to 64 lower-case letters, digits, '.', '_' or '-', not beginning with a sign"
+            yield ("providers", name), rule
+        if with_tenants and isinstance(provider, OpenAISettings) and provider.passes_client_key:
+            where: Path = ("api_keys", 0) if provider.api_keys else ("api_key",)
+            yield ("providers", name, *where), _CLIENT_WITH_TENANTS
+
+
+def _unique_names(section: str, entries: Sequence[ModelSettings | TenantSettings | None]) -> Iterator[Finding]:
+    first: dict[str, int] = {}
+    for index, entry in enumerate(entries):
+        if entry and entry.name and (earlier := first.setdefault(entry.name, index)) != index:
+            yield (section, index, "name"), f"'{entry.name}' is the name of {render((section, earlier))} already"
+
+
+def _dangling(path: Path, names: Sequence[str], providers: Mapping[str, object]) -> Iterator[Finding]:
+    for position, name in enumerate(names):
+        if name and name not in providers:
+            yield (*path, position), f"no provider is named '{name}': {did_you_mean(name, providers)}"
+
+
+def _unique_keys(tenants: Sequence[TenantSettings | None], admin: AdminSettings | None) -> Iterator[Finding]:
+    """A key names one holder: whoever presents it is that tenant, or the administrator."""
+    first: dict[str, Path] = {}
+    holders: list[tuple[Path, AdminSettings | TenantSettings | None]] = [(("admin",), admin)]
+    holders += [(("tenants", index), tenant) for index, tenant in enumerate(tenants)]
+    for holder, section in holders:
+        for position, key in enumerate(section.keys if section else ()):
+            path: Path = (*holder, "keys", position)
+            value = key.get_secret_value()
+            if value and (earlier := first.setdefault(value, path)) != path:
+                yield path, f"the same key stands in {render(earlier)}: each holder needs keys of its own"

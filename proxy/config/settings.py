@@ -1,0 +1,104 @@
+"""The whole configuration: the layers' sections put together, in the order of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo, field_validator, model_validator
+
+from proxy.config.problems import render
+from proxy.config.references import findings
+from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
+from proxy.observability.settings import ObservabilitySettings
+from proxy.providers.settings import CLIENT, ProviderSettings
+from proxy.settings import Section
+
+
+def _target(value: str) -> str:
+    provider, slash, model = value.partition("/")
+    if not (provider and slash and model):
+        raise ValueError("expected PROVIDER/MODEL, such as openai/gpt-4o-mini")
+    return value
+
+
+TargetText = Annotated[str, AfterValidator(_target)]
+
+
+class ModelSettings(Section):
+    """One model name that clients may ask for, and where it leads."""
+
+    name: str = Field(min_length=1, max_length=256)
+    """Name or glob: an exact name wins, then the longest glob, then the order of the file."""
+    targets: tuple[TargetText, ...]
+    """One target, PROVIDER/MODEL; a * in it stands for what the glob matched."""
+
+    @field_validator("targets")
+    @classmethod
+    def _is_one_target(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if len(value) != 1:
+            raise ValueError(f"this version takes exactly one target for a model, got {len(value)}")
+        name = info.data.get("name")
+        provider, _, model = value[0].partition("/")
+        if "*" in provider:
+            raise ValueError("a * may stand in the model's part only: PROVIDER/*")
+        if "*" in model and name is not None and name.count("*") != 1:
+            raise ValueError("a * in a target needs a name with exactly one *, for it is what that matched")
+        return value
+
+
+class Settings(Section):
+    """The configuration of one process."""
+
+    listen: ListenSettings = ListenSettings()
+    """Where the proxy listens, and what it accepts from a client."""
+    admin: AdminSettings = AdminSettings()
+    """Who may use /admin and /dashboard."""
+    providers: dict[str, ProviderSettings] = Field(min_length=1)
+    """Providers by name (1 to 64 of a-z, 0-9, '.', '_', '-'); the first one serves pass-through."""
+    models: tuple[ModelSettings, ...] = Field(
+        default_factory=lambda given: (ModelSettings(name="*", targets=(f"{next(iter(given['providers']))}/*",)),),
+        min_length=1,
+    )
+    """Model names that clients may ask for; by default every name goes to the first provider."""
+    tenants: tuple[TenantSettings, ...] = ()
+    """Who may use the proxy; with none, anyone on loopback may (keyless mode)."""
+    observability: ObservabilitySettings = ObservabilitySettings()
+    """Logs and metrics."""
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Settings:
+        broken = [
+            f"{render(path)}: {message}"
+            for path, message in findings(self.providers, self.models, self.tenants, self.admin)
+        ]
+        if broken:
+            raise ValueError("; ".join(broken))
+        return self
+
+    def secrets(self) -> frozenset[str]:
+        """The value of every secret, and the password of every URL among them: what must not appear in a log."""
+        values = {secret.get_secret_value() for secret in _secrets(self)} - {CLIENT}
+        return frozenset(values | {password for value in values if (password := _password(value))})
+
+
+def _secrets(value: object) -> Iterator[SecretStr]:
+    if isinstance(value, SecretStr):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _secrets(getattr(value, name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _secrets(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _secrets(item)
+
+
+def _password(value: str) -> str | None:
+    try:
+        return urlsplit(value).password
+    except ValueError:
+        return None

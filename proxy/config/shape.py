@@ -1,0 +1,113 @@
+"""What the settings models expect, as plain values: the models are the only description of the configuration.
+
+Reading a file, naming environment variables, listing origins and writing the example all walk these shapes.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, SecretStr
+from pydantic.fields import FieldInfo
+
+LeafType = Literal["text", "secret", "integer", "number", "boolean", "path"]
+
+_LEAVES: dict[object, LeafType] = {
+    str: "text",
+    SecretStr: "secret",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    Path: "path",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A single value."""
+
+    type: LeafType
+    nullable: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ListOf:
+    item: Shape
+    nullable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MapOf:
+    """Entries under names that the user chooses."""
+
+    item: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Entries under the fields of a model."""
+
+    model: type[BaseModel]
+    fields: dict[str, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Variants:
+    """One of several records: the entry `by` says which."""
+
+    by: str
+    options: dict[str, Record]
+
+
+Shape = Leaf | ListOf | MapOf | Record | Variants
+
+
+@cache
+def record(model: type[BaseModel]) -> Record:
+    """The shape of a settings model. Raises TypeError for a field of a type that a configuration cannot hold."""
+    return Record(model, {name: _field(field) for name, field in model.model_fields.items()})
+
+
+def _field(field: FieldInfo) -> Shape:
+    return _shape(field.annotation, field.discriminator)
+
+
+def _shape(annotation: Any, discriminator: object = None) -> Shape:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        found = [item.discriminator for item in arguments[1:] if isinstance(item, FieldInfo) and item.discriminator]
+        return _shape(arguments[0], found[0] if found else discriminator)
+    if origin in (Union, types.UnionType):
+        return _union(arguments, discriminator)
+    if origin is tuple:
+        return ListOf(_shape(arguments[0]))
+    if origin is dict:
+        return MapOf(_shape(arguments[1]))
+    if origin is Literal:
+        return Leaf("text", choices=arguments)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return record(annotation)
+    if annotation in _LEAVES:
+        return Leaf(_LEAVES[annotation])
+    raise TypeError(f"a configuration cannot hold {annotation}")
+
+
+def _union(arguments: tuple[Any, ...], discriminator: object) -> Shape:
+    members = [argument for argument in arguments if argument is not type(None)]
+    if len(members) == 1:
+        inner = _shape(members[0])
+        if isinstance(inner, Leaf):
+            return Leaf(inner.type, nullable=True, choices=inner.choices)
+        if isinstance(inner, ListOf):
+            return ListOf(inner.item, nullable=True)
+    if isinstance(discriminator, str) and len(members) == len(arguments):
+        options: dict[str, Record] = {}
+        for member in members:
+            options |= dict.fromkeys(get_args(member.model_fields[discriminator].annotation), record(member))
+        return Variants(discriminator, options)
+    raise TypeError(f"a configuration cannot hold a union of {arguments}")
