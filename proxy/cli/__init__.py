@@ -1,0 +1,121 @@
+"""The command `breakwater`.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 it did not work, 2 wrong usage. What a command
+needs is imported when the command runs, so that `--help` costs nothing but itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proxy import __version__
+
+app = typer.Typer(
+    name="breakwater",
+    help="An OpenAI-compatible reverse proxy that keeps agents running.",
+    rich_markup_mode=None,  # the plain help is there in half the time
+    pretty_exceptions_enable=False,  # a traceback must not show local variables: they can hold keys
+)
+config_app = typer.Typer(help="Show the effective configuration, or its schema.", rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+_ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", metavar="FILE", exists=True, dir_okay=False, help="The configuration file.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+_Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.")]
+_Host = Annotated[str, typer.Option(help="Address to listen on.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"breakwater {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@config_app.callback(invoke_without_command=True)
+def _config_root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def serve(
+    config: _ConfigFile,
+    host: Annotated[str | None, typer.Option(help="Listen here instead of at listen.host.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Listen here instead of at listen.port; 0 takes any free one.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow other machines in without any key.")] = False,
+) -> None:
+    """Run the proxy."""
+    from proxy.cli.serve import run
+
+    run(config, host, port, insecure)
+
+
+@app.command()
+def demo(host: _Host = "127.0.0.1", port: _Port = 8080) -> None:
+    """Run the proxy with no configuration at all, to try it out."""
+    from proxy.cli.demo import run
+
+    run(host, port)
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="The configuration file.")],
+    as_json: _Json = False,
+) -> None:
+    """Check a configuration without starting anything: exit 0 if it is valid, 1 if not."""
+    from proxy.cli.check import run
+
+    run(file, as_json)
+
+
+@app.command()
+def mock(
+    host: _Host = "127.0.0.1",
+    port: _Port = 8089,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed and request give the same reply.")] = 0,
+    script: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Scripted replies, in YAML.")
+    ] = None,
+) -> None:
+    """Run the mock provider as a server of its own: an upstream for trials and for rehearsing faults."""
+    from proxy.cli.mock import run
+
+    run(host, port, seed, script)
+
+
+@config_app.command("show")
+def config_show(config: _ConfigFile, as_json: _Json = False) -> None:
+    """Print every value in effect and where it comes from; secrets are masked."""
+    from proxy.cli.config import show
+
+    show(config, as_json)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the configuration file, for editors."""
+    from proxy.cli.config import schema
+
+    schema()

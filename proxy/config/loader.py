@@ -6,16 +6,15 @@ nothing is remembered between two calls.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import ValidationError
 
 from proxy.config import advice, environment, yaml
 from proxy.config.bind import Binding
+from proxy.config.effective import digest, leaves
 from proxy.config.problems import NOWHERE, ConfigErrors, Path, Place, Problem, problem, render
 from proxy.config.settings import Settings
 from proxy.config.shape import Record, record
@@ -23,7 +22,6 @@ from proxy.config.tree import Table, native
 from proxy.config.validate import translated, validated
 
 MAX_FILE_BYTES = 1_048_576
-MASK = "***"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +64,10 @@ def load(path: FilePath | None, env: Mapping[str, str], overrides: Mapping[str, 
         raise ConfigErrors(translated(error, (), binding)) from None
     return Loaded(
         settings=settings,
-        hash=_hash(settings),
+        hash=digest(settings),
         warnings=tuple(problem(binding.place(at), at, message) for at, message in advice.warnings(settings)),
         origins={render(at): _origin(at, binding) for at, _ in leaves(settings)},
     )
-
-
-def leaves(settings: BaseModel) -> Iterator[tuple[Path, object]]:
-    """Every single value in effect with its path, in order; secrets as SecretStr. An empty list or table is a leaf."""
-
-    def walk(value: object, path: Path) -> Iterator[tuple[Path, object]]:
-        inner: list[tuple[str | int, object]] = []
-        if isinstance(value, BaseModel):
-            inner = [(name, getattr(value, name)) for name in type(value).model_fields]
-        elif isinstance(value, dict):
-            inner = list(value.items())
-        elif isinstance(value, tuple):
-            inner = list(enumerate(value))
-        if not inner:
-            yield path, value
-        for step, item in inner:
-            yield from walk(item, (*path, step))
-
-    yield from walk(settings, ())
 
 
 def _read(path: FilePath | None) -> tuple[Table, list[Problem]]:
@@ -137,8 +116,3 @@ def _override(tree: Table, overrides: Mapping[str, object], shape: Record) -> No
 def _origin(path: Path, binding: Binding) -> str:
     place = binding.places.get(path)
     return place.origin if place is not None else "default"
-
-
-def _hash(settings: Settings) -> str:
-    state = [[path, MASK if isinstance(value, SecretStr) else value] for path, value in leaves(settings)]
-    return hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()[:16]
