@@ -71,7 +71,7 @@ Rule = Callable[[Sources, Layout], Iterator[str]]
 
 
 def module(name: str, text: str) -> Module:
-    return Module(name, text, ast.parse(text))
+    return Module(name, text, ast.parse(text, filename=name))
 
 
 @functools.cache
@@ -194,9 +194,9 @@ def libraries(sources: Sources, layout: Layout) -> Iterator[str]:
 
 
 def settings_places(sources: Sources, layout: Layout) -> Iterator[str]:
-    """A layer's settings stand beside it; `config` only assembles them."""
+    """A layer's settings stand beside it; `config` only assembles them. (`admin` describes its own API.)"""
     for source in sources.values():
-        if under(source.name, "proxy.config") or source.name.endswith(".settings"):
+        if under(source.name, "proxy.config", "proxy.admin") or source.name.endswith(".settings"):
             continue
         for each in imports(source):
             if under(each.target, "pydantic", "pydantic_settings"):

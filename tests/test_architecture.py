@@ -20,10 +20,11 @@ LAYOUT = Layout(
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
         (2, "proxy.transport proxy.providers proxy.observability proxy.catalog"),  # shells: they wait and never decide
         (3, "proxy.pipeline"),
-        (4, "proxy.edge"),
+        (4, "proxy.edge proxy.admin"),
         (5, "proxy.config proxy.config.settings"),
         (6, "proxy.app"),  # the only module that names concrete classes
-        (7, "proxy.cli proxy.cli.__init__ proxy.__main__"),
+        (7, "proxy.cli proxy.cli.__init__"),
+        (8, "proxy.__main__"),
     ),
     shared=1,
     free=("proxy.pipeline", "proxy.app", "proxy.cli", "proxy.__main__"),
