@@ -1,0 +1,161 @@
+"""What happened, as values. Layers emit one frozen event; metrics and logs subscribe, and nothing else is told.
+
+`event` is the name in the log, a class constant. Units: durations are seconds, sizes bytes, counts plain integers;
+None is "does not apply" and never a zero. `request_id` and `trace_id` stand in every event that belongs to a request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import ClassVar
+
+import msgspec
+
+from proxy.types import Usage
+
+_log = logging.getLogger("breakwater.events")
+
+
+class RequestFinished(msgspec.Struct, frozen=True, kw_only=True):
+    """A request is over, however it ended: exactly one of these or one `RequestRefused` for each request."""
+
+    event: ClassVar[str] = "request.finished"
+
+    request_id: str
+    trace_id: str
+    route: str
+    tenant: str
+    model: str
+    """The configured name or glob, or `other`: a label, never what the client wrote."""
+    provider: str = ""
+    upstream_model: str = ""
+    upstream_request_id: str = ""
+    status: int
+    """As sent; 499 when the client left before its answer was complete, whatever had been sent by then. Where an SSE
+    error event took the place of a status, that error's status."""
+    stream: bool = False
+    duration: float
+    """From the first byte of the request to the end of the answer."""
+    overhead: float | None = None
+    """Time that was ours: `duration` less all waiting for the provider and for the client."""
+    upstream_duration: float | None = None
+    time_to_first_token: float | None = None
+    """Streams only: until the first forwarded event."""
+    usage: Usage | None = None
+    bytes_in: int = 0
+    bytes_out: int = 0
+    attempts: int = 0
+    error_code: str | None = None
+    disconnected: bool = False
+    interrupted: bool = False
+    """The upstream died after the first forwarded event."""
+    client: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+class RequestRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """We said no before anything went upstream."""
+
+    event: ClassVar[str] = "request.refused"
+
+    request_id: str
+    trace_id: str
+    route: str
+    tenant: str
+    model: str
+    status: int
+    code: str
+    duration: float
+    bytes_in: int = 0
+    client: str = ""
+
+
+class ConnectionRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """The HTTP guard answered before there was a request: broken framing, oversized head, a missed deadline."""
+
+    event: ClassVar[str] = "connection.refused"
+
+    status: int
+    code: str
+
+
+class ServerStarted(msgspec.Struct, frozen=True, kw_only=True):
+    event: ClassVar[str] = "server.started"
+
+    version: str
+    listen: str
+    """As in a URL: `127.0.0.1:8080`."""
+    config_hash: str
+
+
+class ServerDraining(msgspec.Struct, frozen=True, kw_only=True):
+    event: ClassVar[str] = "server.draining"
+
+    in_flight: int
+
+
+class ServerStopped(msgspec.Struct, frozen=True, kw_only=True):
+    event: ClassVar[str] = "server.stopped"
+
+    uptime: float
+    cut: int = 0
+    """Requests that were still running when the grace period ended."""
+
+
+class InternalFault(msgspec.Struct, frozen=True, kw_only=True):
+    """A fault of ours, caught at the last line of defence. `request_id` is empty outside of a request."""
+
+    event: ClassVar[str] = "internal.error"
+
+    request_id: str = ""
+    trace_id: str = ""
+    where: str
+    """A fixed phrase of ours: which part was at work."""
+    exc: BaseException
+
+
+Notice = (
+    RequestFinished
+    | RequestRefused
+    | ConnectionRefused
+    | ServerStarted
+    | ServerDraining
+    | ServerStopped
+    | InternalFault
+)
+"""Any event. (The word `Event` belongs to the pieces of a reply.)"""
+
+Subscriber = Callable[[Notice], None]
+
+
+class Bus:
+    """Tells every subscriber, at once and in order of subscription. A subscriber must not block."""
+
+    __slots__ = ("_reported", "_subscribers")
+
+    def __init__(self) -> None:
+        self._subscribers: tuple[Subscriber, ...] = ()
+        self._reported: set[int] = set()
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        self._subscribers += (subscriber,)
+
+    def emit(self, event: Notice) -> None:
+        for index, subscriber in enumerate(self._subscribers):
+            try:
+                subscriber(event)
+            except Exception as exc:  # Watching must never break what is watched: not the request, not the others.
+                self._report(index, subscriber, event, exc)
+
+    def _report(self, index: int, subscriber: Subscriber, event: Notice, exc: Exception) -> None:
+        """Once per subscriber: a fault in the hot path must not become a flood. The fault's text stays out."""
+        if index in self._reported:
+            return
+        self._reported.add(index)
+        tb = exc.__traceback__
+        while tb is not None and tb.tb_next is not None:
+            tb = tb.tb_next
+        line = tb.tb_lineno if tb is not None else 0
+        name = getattr(subscriber, "__qualname__", type(subscriber).__qualname__)
+        _log.error("subscriber %s failed on %s: %s, line %d", name, event.event, type(exc).__name__, line)

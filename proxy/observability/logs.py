@@ -1,0 +1,249 @@
+"""The log of the process: the bus's events and everything that comes through the standard library's `logging`.
+
+Both pass the same scrubber and leave through the same writer. `JsonLog` is for machines, `FriendlyLog` for the person
+who tries it out. Only named fields are written: never a body, never a header.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import IO, Any, Final
+
+from proxy.observability import tracebacks
+from proxy.observability.events import (
+    ConnectionRefused,
+    InternalFault,
+    Notice,
+    RequestFinished,
+    RequestRefused,
+    ServerDraining,
+    ServerStarted,
+    ServerStopped,
+)
+from proxy.observability.lines import LEVELS, Lines, printable
+from proxy.observability.scrub import Scrubber
+from proxy.observability.stdlib import StdlibLog
+from proxy.observability.writer import LineWriter
+
+Clock = Callable[[], float]
+
+
+class JsonLog:
+    """A subscriber of the bus: one JSON line per event. `now` is the wall clock; `level` the least to be written."""
+
+    def __init__(self, writer: LineWriter, scrubber: Scrubber, *, level: str = "info", now: Clock = time.time) -> None:
+        self._writer = writer
+        self._lines = Lines(scrubber, now)
+        self._level = LEVELS[level]
+
+    def __call__(self, event: Notice) -> None:
+        if type(event) is RequestFinished:
+            self._finished(event)
+            return
+        level = _level(event)
+        if LEVELS[level] >= self._level:
+            line = {"event": event.event, "ts": self._lines.stamp(), "level": level, **_fields(event)}
+            self._writer.write(self._lines.encode(line), urgent=level == "error")
+
+    def _finished(self, event: RequestFinished) -> None:
+        """The line of the hot path: one dict, one check over all that came from outside, one encoding."""
+        level = "warning" if event.interrupted or event.status >= 500 else "info"
+        if LEVELS[level] < self._level:
+            return
+        lines = self._lines
+        fields: dict[str, Any] = {
+            "event": "request.finished",
+            "ts": lines.stamp(),
+            "level": level,
+            "request_id": event.request_id,
+            "trace_id": event.trace_id,
+            "route": event.route,
+            "tenant": event.tenant,
+            "model": event.model,
+            "status": event.status,
+            "stream": event.stream,
+            "duration_ms": round(event.duration * 1000, 1),
+            "bytes_in": event.bytes_in,
+            "bytes_out": event.bytes_out,
+            "attempts": event.attempts,
+        }
+        _add_upstream(fields, event)
+        if event.warnings or event.error_code or event.disconnected or event.interrupted:
+            _add_trouble(fields, event)
+        if event.client:
+            fields["client"] = event.client
+        names = (event.route, event.tenant, event.model, event.provider, event.upstream_model, *event.warnings)
+        ids = f"{event.request_id} {event.trace_id} {event.upstream_request_id} {event.client} {event.error_code}"
+        safe = lines.are_safe(names) and lines.is_safe(ids)
+        self._writer.write(lines.encode(fields, safe=safe))
+
+
+def _add_upstream(fields: dict[str, Any], event: RequestFinished) -> None:
+    if event.provider:
+        fields["provider"] = event.provider
+    if event.upstream_model:
+        fields["upstream_model"] = event.upstream_model
+    if event.upstream_request_id:
+        fields["upstream_request_id"] = event.upstream_request_id
+    if event.overhead is not None:
+        fields["overhead_ms"] = round(event.overhead * 1000, 1)
+    if event.upstream_duration is not None:
+        fields["upstream_duration_ms"] = round(event.upstream_duration * 1000, 1)
+    if event.time_to_first_token is not None:
+        fields["time_to_first_token_ms"] = round(event.time_to_first_token * 1000, 1)
+    usage = event.usage
+    if usage is not None:
+        fields["input_tokens"] = usage.input
+        fields["output_tokens"] = usage.output
+        if usage.cache_read:
+            fields["cached_tokens"] = usage.cache_read
+        if usage.cache_write:
+            fields["cache_write_tokens"] = usage.cache_write
+        if usage.reasoning:
+            fields["reasoning_tokens"] = usage.reasoning
+        fields["usage_estimated"] = usage.estimated
+
+
+def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
+    if event.error_code:
+        fields["error_code"] = event.error_code
+    if event.disconnected:
+        fields["disconnected"] = True
+    if event.interrupted:
+        fields["interrupted"] = True
+    if event.warnings:
+        fields["warnings"] = event.warnings
+
+
+def _level(event: Notice) -> str:
+    if isinstance(event, InternalFault):
+        return "error"
+    return "warning" if isinstance(event, RequestRefused | ConnectionRefused) else "info"
+
+
+def _fields(event: Notice) -> dict[str, Any]:
+    """What is written of the rarer events."""
+    match event:
+        case RequestRefused():
+            fields: dict[str, Any] = {
+                "request_id": event.request_id,
+                "trace_id": event.trace_id,
+                "route": event.route,
+                "tenant": event.tenant,
+                "model": event.model,
+                "status": event.status,
+                "error_code": event.code,
+                "duration_ms": round(event.duration * 1000, 1),
+                "bytes_in": event.bytes_in,
+            }
+            return {**fields, "client": event.client} if event.client else fields
+        case ConnectionRefused():
+            return {"status": event.status, "error_code": event.code}
+        case ServerStarted():
+            return {"version": event.version, "listen": event.listen, "config_hash": event.config_hash}
+        case ServerDraining():
+            return {"in_flight": event.in_flight}
+        case ServerStopped():
+            return {"uptime_ms": round(event.uptime * 1000, 1), "cut": event.cut}
+        case InternalFault():
+            ids = {"request_id": event.request_id, "trace_id": event.trace_id} if event.request_id else {}
+            return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
+        case RequestFinished():
+            raise AssertionError("written by JsonLog itself")
+
+
+_GREEN: Final = "32"
+_YELLOW: Final = "33"
+_RED: Final = "31"
+_GREY: Final = "90"
+
+
+class FriendlyLog:
+    """A subscriber of the bus for a person at a terminal: a short line per request, refusals in yellow."""
+
+    def __init__(self, writer: LineWriter, scrubber: Scrubber, *, colour: bool, now: Clock = time.time) -> None:
+        self._writer = writer
+        self._scrubber = scrubber
+        self._colour = colour
+        self._now = now
+
+    def __call__(self, event: Notice) -> None:
+        match event:
+            case RequestFinished():
+                colour = (
+                    _RED if event.status >= 500 or event.interrupted else _YELLOW if event.status >= 400 else _GREEN
+                )
+                self._print(colour, str(event.status), _summary(event))
+            case RequestRefused():
+                self._print(_YELLOW, str(event.status), f"{_path(event.route)}  {event.model}  refused: {event.code}")
+            case ConnectionRefused():
+                self._print(_YELLOW, str(event.status), f"connection refused: {event.code}")
+            case InternalFault():
+                text = f"internal error in {event.where}"
+                self._print(_RED, "error", text, tracebacks.render(event.exc).splitlines())
+            case ServerDraining():
+                self._print(_GREY, "drain", f"finishing {event.in_flight} requests")
+            case ServerStopped() | ServerStarted():
+                pass  # The command says itself that it started and stopped.
+
+    def _print(self, colour: str, mark: str, text: str, more: list[str] | None = None) -> None:
+        at = time.strftime("%H:%M:%S", time.localtime(self._now()))
+        if self._colour:
+            at, mark = f"\x1b[{_GREY}m{at}\x1b[0m", f"\x1b[{colour}m{mark}\x1b[0m"
+        rows = "\n    ".join([printable(self._scrubber.scrub_text(row)) for row in (text, *(more or ()))])
+        self._writer.write(f"{at}  {mark}  {rows}\n".encode("utf-8", "replace"))
+
+
+def _summary(event: RequestFinished) -> str:
+    parts = [_path(event.route), event.model, "stream" if event.stream else "plain"]
+    if event.upstream_model and event.upstream_model != event.model:
+        parts[1] = f"{event.model} -> {event.provider}/{event.upstream_model}"
+    if event.usage is not None:
+        parts.append(f"{'~' if event.usage.estimated else ''}{event.usage.input}+{event.usage.output} tokens")
+    parts.append(f"{event.duration * 1000:.0f} ms")
+    if event.disconnected:
+        parts.append("client left")
+    if event.error_code:
+        parts.append(event.error_code)
+    return "  ".join(parts)
+
+
+def _path(route: str) -> str:
+    return route.removeprefix("/v1/")
+
+
+class Logging:
+    """What `setup_logging` put in place. `close` writes what is left (2 s at most) and takes everything down again."""
+
+    def __init__(self, writer: LineWriter, stdlib: StdlibLog) -> None:
+        self.writer = writer
+        self._stdlib = stdlib
+
+    def close(self) -> bool:
+        """False if lines were still waiting: the reader of the log does not read."""
+        self._stdlib.uninstall()
+        return self.writer.close(2.0)
+
+
+def setup_logging(
+    stream: IO[Any], scrubber: Scrubber, level: str = "info", *, plain: bool = False, now: Clock = time.time
+) -> Logging:
+    """Sends all logging, warnings and uncaught exceptions of the process to `stream`, scrubbed, never blocking.
+
+    `level`: debug, info, warning, error or critical. `plain`: short lines for a person in place of JSON.
+    """
+    lines = Lines(scrubber, now)
+
+    def notice(count: int) -> bytes:
+        return lines.encode({"event": "log.dropped", "ts": lines.stamp(), "level": "warning", "count": count})
+
+    writer = LineWriter(stream, notice)
+    stdlib = StdlibLog(writer, Lines(scrubber, now), plain=plain)
+    stdlib.install(LEVELS[level])
+    return Logging(writer, stdlib)
+
+
+def wants_colour(stream: IO[Any], environment: dict[str, str]) -> bool:
+    """Whether to colour lines on `stream`: a terminal, and the user did not say NO_COLOR."""
+    return not environment.get("NO_COLOR") and environment.get("TERM") != "dumb" and stream.isatty()
