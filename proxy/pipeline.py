@@ -15,7 +15,7 @@ from proxy.errors import UpstreamError, UpstreamRateLimited
 from proxy.providers.base import Provider
 from proxy.routing import Routing
 from proxy.tokens.count import Counter
-from proxy.tokens.encodings import encoding_for
+from proxy.tokens.encodings import encoding_of
 from proxy.tokens.meter import Meter
 from proxy.types import Ask, Call, Event, Out, Record, Reply, Target, Tenant, Usage
 from proxy.validation import requests
@@ -167,7 +167,7 @@ class Metered:
         record = self._record
         if self._meter is None or not self._seen or record.usage is not None or record.upstream_status >= 300:
             return
-        encoding = encoding_for(self._target.model)
+        encoding = encoding_of(self._target.model)
         prompt = await self._counter.count_prompt(self._ask.dialect, self._ask.fields, encoding)
         output = await self._meter.output_tokens(self._counter, encoding)
         record.usage = Usage(prompt, output, estimated=True)

@@ -122,7 +122,7 @@ class Side:
                 await _answer(scope, send, status, self.readiness.encode(), b"text/plain; charset=utf-8")
             elif path == "/metrics" and not health_only:
                 self._authorise_metrics(scope["headers"])
-                await _answer(scope, send, 200, await self._metrics.render(), CONTENT_TYPE)
+                await _answer(scope, send, 200, await self._metrics.render(), CONTENT_TYPE.encode())
             elif (path == "/admin" or path.startswith("/admin/")) and self._admin_keys and not health_only:
                 if not self._admin_keys.accept(scope["headers"]):
                     raise InvalidKey

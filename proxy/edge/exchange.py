@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
+from proxy.edge.connection import LostReason
 from proxy.edge.headers import request_id, traceparent
 from proxy.errors import (
     InternalError,
@@ -45,9 +46,13 @@ _STREAM_HEADERS: Final[Headers] = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-Reason = Literal["gone", "too_large", "body_timeout", "shutdown"]
-"""Why the task was cancelled. For the middle two the guard has answered already."""
-_ANSWERED_BY_GUARD: Final = {"too_large": (413, "request_too_large"), "body_timeout": (408, "request_timeout")}
+Reason = LostReason | Literal["shutdown"]
+"""Why the task was cancelled."""
+_ANSWERED_BY_GUARD: Final = {
+    "too_large": (413, "request_too_large"),
+    "body_timeout": (408, "request_timeout"),
+    "malformed": (400, "invalid_request"),
+}
 
 
 @dataclass(slots=True)
@@ -128,10 +133,17 @@ class Exchange:
         except ProxyError as error:
             await self._fail(error)
         except Exception as error:  # the boundary of our own faults: answered, logged whole, never the client's to see
-            self._service.bus.emit(InternalFault(self._request_id, self._traceparent[3:35], self._path, error))
+            self._service.bus.emit(
+                InternalFault(
+                    request_id=self._request_id,
+                    trace_id=self._traceparent[3:35],
+                    where="serving a request",
+                    exc=error,
+                )
+            )
             await self._fail(InternalError())
 
-    def _lost(self, reason: Reason) -> None:
+    def _lost(self, reason: LostReason) -> None:
         """The connection is gone, or the guard has refused the rest of the request."""
         if not self._complete:
             self.interrupt(reason)

@@ -114,8 +114,9 @@ def response_to_stream(body: bytes) -> bytes:
     if not isinstance(status, str):
         raise ValueError("no response")
     last = status if status in ("incomplete", "failed") else "completed"
-    events = (
-        {"type": "response.created", "sequence_number": 0, "response": {**reply, "status": "in_progress"}},
-        {"type": f"response.{last}", "sequence_number": 1, "response": reply},
+    events = (("response.created", {**reply, "status": "in_progress"}), (f"response.{last}", reply))
+    return b"".join(
+        b"event: %s\ndata: %s\n\n"
+        % (name.encode(), orjson.dumps({"type": name, "sequence_number": number, "response": response}))
+        for number, (name, response) in enumerate(events)
     )
-    return b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), orjson.dumps(event)) for event in events)

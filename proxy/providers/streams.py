@@ -123,7 +123,7 @@ class StreamReply:
     """A provider's event stream. `first()` must be awaited once before its events are taken."""
 
     stream = True
-    length = None
+    length: int | None = None
 
     def __init__(
         self,

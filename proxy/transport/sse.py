@@ -96,7 +96,10 @@ def events(block: bytes) -> Iterator[tuple[bytes, bytes, bytes | None]]:
         # What nearly every provider sends: one data line an event.
         start = 0
         while start < len(block):
-            end = block.index(b"\n\n", start) + 2
+            end = block.find(b"\n\n", start) + 2
+            if end == 1:  # an odd line end behind the last event
+                yield block[start:], b"", None
+                return
             line = block[start : end - 2]
             if b"\n" in line or not line.startswith(b"data: "):
                 yield _parse(block[start:end])

@@ -161,17 +161,17 @@ def _refuse_duplicates(body: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
         length += len(key) + len(memoryview(value))
     if length == len(body):
         return
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     position = body.index(b"{") + 1
     while match := _KEY.match(body, position):
         written = match[1]
-        key = orjson.loads(b'"' + written + b'"') if b"\\" in written else written.decode()
-        value = memoryview(fields[key])
+        name: str = orjson.loads(b'"' + written + b'"') if b"\\" in written else written.decode()
+        known = memoryview(fields[name])
         position = match.end()
-        if key in seen or body[position : position + len(value)] != value:
-            raise InvalidRequest(f"The key {_shown(key)!r} stands twice in the body.", code="invalid_json")
-        seen.add(key)
-        position += len(value)
+        if name in seen or body[position : position + len(known)] != known:
+            raise InvalidRequest(f"The key {_shown(name)!r} stands twice in the body.", code="invalid_json")
+        seen.add(name)
+        position += len(known)
 
 
 def _member(fields: Mapping[str, msgspec.Raw], name: str) -> Any:
