@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import pstats
+import signal
 import sys
 import tempfile
 import time
@@ -59,7 +60,10 @@ def profile(scene: Scene, effort: Effort, out: Path) -> None:
             continue
         path = out.with_name(f"{out.name}.{shape.measure}.pstats").absolute()
         server, _ = scene.start(PROXY, profile=path)
-        Bench(scene.load, [], [], effort).once(shape, server)
+        bench = Bench(scene.load, [], [], effort)
+        bench.once(dataclasses.replace(shape, count=shape.warmup), server)
+        server.child.process.send_signal(signal.SIGUSR1)
+        bench.once(shape, server)
         server.child.stop()
         print(f"{shape.measure}: {path}")
         pstats.Stats(str(path)).strip_dirs().sort_stats("tottime").print_stats(25)

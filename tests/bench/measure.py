@@ -61,11 +61,11 @@ class Shape:
 _SECONDS_A_STREAM: Final = (CHUNKS + 1) * TICK * SLOTS
 _STREAM_RATE: Final = CONNECTIONS / _SECONDS_A_STREAM
 _FORWARDERS: Final = ("forward", PROXY)
-_STREAM: Final = Shape("stream", Ask(stream=True), 160, 32, rate=_STREAM_RATE, servers=_FORWARDERS)
-_LATENCY: Final = Shape("latency", Ask(), 800, 100, connections=1, servers=(DIRECT, "forward", PROXY), latency=True)
+_STREAM: Final = Shape("stream", Ask(stream=True), 120, 32, rate=_STREAM_RATE, servers=_FORWARDERS)
+_LATENCY: Final = Shape("latency", Ask(), 600, 100, connections=1, servers=(DIRECT, "forward", PROXY), latency=True)
 
 SHAPES: Final = (
-    Shape("plain", Ask(), 8000, 400),
+    Shape("plain", Ask(), 5000, 400),
     replace(_STREAM, measure="stream"),
     replace(_STREAM, measure="stream_usage", ask=Ask(stream=True, usage=True)),
     Shape("stream_short", Ask("bench-short", stream=True), 1200, 100, servers=_FORWARDERS),
@@ -85,7 +85,7 @@ GROWTH: Final = tuple(
 class Effort:
     """How long to measure. `scale` multiplies the counts of every shape."""
 
-    rounds: int = 5
+    rounds: int = 7
     scale: float = 1.0
     starts: int = 3
 

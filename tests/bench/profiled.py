@@ -1,9 +1,10 @@
-"""Runs a module under cProfile and writes what it saw when the module ends, however SIGTERM ends it.
+"""Runs a module under cProfile: from SIGUSR1 on, until the module ends, however SIGTERM ends it.
 
     python -m tests.bench.profiled OUT MODULE [ARGUMENT…]
 
-The profile holds the main thread only, which is where the event loop runs. cProfile makes small functions look dearer
-than they are: use it to find where the time goes, and the bench to say how much it is.
+The signal comes when the server is warm, so that starting up is not in the profile. It holds the main thread only,
+which is where the event loop runs. cProfile makes small functions look dearer than they are: use it to find where the
+time goes, and the bench to say how much it is.
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ import sys
 from types import FrameType
 
 
-def _end(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
-
-
 def main() -> None:
     out, module, *arguments = sys.argv[1:]
     sys.argv = [module, *arguments]
-    # A server that has shut down in good order may raise the signal again: that must not cost us the profile.
-    signal.signal(signal.SIGTERM, _end)
     profile = cProfile.Profile()
+
+    def begin(signum: int, frame: FrameType | None) -> None:
+        profile.enable()
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    # A server that has shut down in good order may raise the signal again: that must not cost us the profile.
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGUSR1, begin)
     try:
-        profile.runcall(runpy.run_module, module, run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
+        profile.disable()
         profile.dump_stats(out)
 
 

@@ -74,10 +74,10 @@ def added(figures: Figures, measure: str, base: str) -> dict[str, list[float]]:
 def growth_steps(figures: Figures) -> list[float]:
     """By what the proxy's added cost over the forwarder grows when the body grows tenfold, step by step.
 
-    A step is NaN while the added cost before it drowns in the noise.
+    A step is NaN where an added cost drowns in the noise.
     """
     costs = [_middle(added(figures, f"growth_{size}", "forward").get(PROXY, [])) for size in GROWTH_SIZES]
-    return [after / before if before > 0 else math.nan for before, after in pairwise(costs)]
+    return [after / before if min(before, after) > 0 else math.nan for before, after in pairwise(costs)]
 
 
 def targets(figures: Figures) -> list[Target]:
@@ -186,7 +186,7 @@ def _section(title: str, rows: list[Row]) -> str:
 
 
 def _line(label: str, cells: tuple[str, ...]) -> str:
-    return f"{label:<38}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+    return f"{label:<46}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
