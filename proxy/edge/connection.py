@@ -1,0 +1,59 @@
+"""What an application may know of, and do to, the connection that its request came by."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Literal
+
+LostReason = Literal["gone", "too_large", "body_timeout", "malformed"]
+"""Why a running request has no client any more: it left; or the guard refused the rest of its body, and has answered
+with 413, 408 or 400 as far as an answer was still possible."""
+OnLost = Callable[[LostReason], None]
+
+
+class Connection:
+    """Found in `scope["extensions"]["breakwater"]`: one object per connection, always about its running request."""
+
+    __slots__ = ("_callbacks", "_reason", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._callbacks: list[OnLost] = []
+        self._reason: LostReason | None = None
+
+    def on_lost(self, callback: OnLost) -> None:
+        """Calls back, synchronously and once, when the running request loses its client; at once if it already has.
+
+        A client that leaves after the end of the response is not news, and not told.
+        """
+        if self._reason is not None:
+            callback(self._reason)
+        else:
+            self._callbacks.append(callback)
+
+    def off_lost(self, callback: OnLost) -> None:
+        """Forgets the callback. Idempotent."""
+        try:
+            self._callbacks.remove(callback)
+        except ValueError:
+            pass
+
+    def abort(self) -> None:
+        """Cuts the connection, for a body that cannot be completed: a clean end would look like success."""
+        self._transport.abort()
+
+    # The server's side
+
+    def next_request(self) -> None:
+        """Callbacks that the last request left behind are not about this one."""
+        if self._callbacks:
+            self._callbacks = []
+
+    def lose(self, reason: LostReason) -> None:
+        """The first reason counts; the connection serves no request after it."""
+        if self._reason is None:
+            self._reason = reason
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(reason)
