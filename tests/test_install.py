@@ -69,15 +69,17 @@ def works(root: Path) -> bool:
     return subprocess.run([root / ".venv/bin/python", "-c", "import proxy"], cwd="/", check=False).returncode == 0
 
 
-def test_an_environment_is_made_once_and_again_when_it_is_not_whole(root: Path) -> None:
+@pytest.mark.slow
+def test_the_life_of_an_environment(root: Path) -> None:
+    """One story, for each new environment costs seconds."""
     environment = Environment(root)
     environment.ensure("run")
     assert works(root)
-    assert not environment.stamp_file("dev").exists()
+    assert set(environment.found()) == {"run"}
 
     made = environment.stamp_file("run").stat()
     environment.ensure("run")
-    assert environment.stamp_file("run").stat() == made
+    assert environment.stamp_file("run").stat() == made, "nothing was to be done"
 
     extra = stray(root)
     environment.ensure("dev")
@@ -87,23 +89,12 @@ def test_an_environment_is_made_once_and_again_when_it_is_not_whole(root: Path) 
     (root / "pyproject.toml").write_text(PYPROJECT + "# changed\n")
     before = environment.found()
     environment.ensure("dev")
-    assert extra.exists(), "only the project is installed again"
+    assert extra.exists(), "only the project was installed again"
     assert environment.found()["dev"].project != before["dev"].project
     assert environment.found()["run"] == environment.wanted("run")
 
-    for kind in before:
-        environment.stamp_file(kind).unlink()
-    environment.ensure("run")
-    assert not extra.exists(), "an interrupted environment is made anew"
-    assert works(root)
-
-
-def test_another_lock_makes_another_environment_and_a_failure_leaves_none_that_looks_whole(root: Path) -> None:
-    environment = Environment(root)
-    environment.ensure("run")
-    extra = stray(root)
     unknown = "no-such-package==1 --hash=sha256:" + "0" * 64 + "\n"
-
+    environment.stamp_file("dev").unlink()
     (root / "requirements-dev.lock").write_text(unknown)
     with pytest.raises(subprocess.CalledProcessError):
         environment.ensure("dev")
@@ -113,8 +104,22 @@ def test_another_lock_makes_another_environment_and_a_failure_leaves_none_that_l
     (root / "requirements.lock").write_text(unknown)
     with pytest.raises(subprocess.CalledProcessError):
         environment.ensure("run")
-    assert environment.found() == {}
-    assert not extra.exists()
+    assert not extra.exists(), "another lock makes an environment from nothing"
+    assert environment.found() == {}, "and a failure leaves none that looks whole"
+
+
+def test_only_a_whole_environment_of_the_present_locks_is_added_to(root: Path) -> None:
+    environment = Environment(root)
+    environment.python.parent.mkdir(parents=True)
+    environment.python.symlink_to(sys.executable)
+    run = environment.wanted("run")
+    assert environment.reusable({"run": run})
+    assert environment.reusable({"run": run._replace(project="other")}), "the project alone is installed again"
+    assert not environment.reusable({}), "interrupted, or not ours"
+    assert not environment.reusable({"run": run._replace(packages="other")})
+    environment.python.unlink()
+    environment.python.symlink_to(root / "gone")
+    assert not environment.reusable({"run": run}), "its interpreter was removed"
 
 
 def test_a_tree_that_was_moved_is_not_taken_for_whole(root: Path) -> None:
