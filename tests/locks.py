@@ -181,23 +181,40 @@ def check() -> list[str]:
     return problems or resolved_again()
 
 
+def resolve(directory: Path, options: Iterable[str] = ()) -> dict[str, str]:
+    """The text of each lock, resolved anew in `directory` from the present pins. Raises CalledProcessError."""
+    for name in LOCKS:
+        shutil.copyfile(ROOT / name, directory / name)
+        compile_lock(name, directory / name, options)
+    return {name: (directory / name).read_text() for name in LOCKS}
+
+
 def resolved_again() -> list[str]:
     """Lines in which a fresh resolution differs from the locks."""
     with tempfile.TemporaryDirectory() as directory:
-        for name in LOCKS:
-            fresh = Path(directory) / name
-            shutil.copyfile(ROOT / name, fresh)
-            try:
-                compile_lock(name, fresh)
-            except subprocess.CalledProcessError:
-                print(
-                    f"note: {name} agrees with what is installed here, but could not be resolved again", file=sys.stderr
-                )
-                return []
-            old, new = ((where / name).read_text().splitlines() for where in (ROOT, Path(directory)))
-            if difference := list(difflib.unified_diff(old, new, name, "resolved again", lineterm="", n=0)):
-                return difference
-    return []
+        try:
+            fresh = resolve(Path(directory))
+        except subprocess.CalledProcessError:
+            print("note: the locks agree with what is installed here, but could not be resolved again", file=sys.stderr)
+            return []
+    differences: list[str] = []
+    for name, text in fresh.items():
+        old, new = (ROOT / name).read_text().splitlines(), text.splitlines()
+        differences += difflib.unified_diff(old, new, name, "resolved again", lineterm="", n=0)
+    return differences
+
+
+def write(options: Iterable[str]) -> int:
+    """Both files or none."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            fresh = resolve(Path(directory), options)
+        except subprocess.CalledProcessError:
+            print("Nothing was written: the resolver says why above.", file=sys.stderr)
+            return 1
+    for name, text in fresh.items():
+        (ROOT / name).write_text(text)
+    return 0
 
 
 def main(arguments: list[str]) -> int:
@@ -208,9 +225,7 @@ def main(arguments: list[str]) -> int:
             print("\n".join(f"  {line}" for line in problems[:40]))
         return 1 if problems else 0
     if arguments[:1] == ["write"]:
-        for name in LOCKS:
-            compile_lock(name, ROOT / name, arguments[1:])
-        return 0
+        return write(arguments[1:])
     print(__doc__, file=sys.stderr)
     return 2
 
