@@ -72,7 +72,8 @@ class Counter:
             found = [prompts.message(message) for message in messages]
             fixed = sum(tokens for tokens, _ in found) + prompts.REPLY_TOKENS
             return fixed + await self._count_texts([text for _, texts in found for text in texts], vocabulary)
-        return prompts.REPLY_TOKENS + await self._count_units([(prompts.MESSAGE, raw) for raw in raws], vocabulary)
+        prompt = prompts.Prompt(fixed=prompts.REPLY_TOKENS, messages=raws, of=len(raws))
+        return await self._count_parts(prompt, sum(map(len, raws)), vocabulary)
 
     async def count_prompt(self, dialect: Dialect, fields: Mapping[str, prompts.Raw], encoding: str) -> int:
         """Tokens of the prompt in a request body, given the raw members of its top level.
@@ -85,11 +86,7 @@ class Counter:
             return await self._in_thread(
                 lambda tally: self._add_up(prompts.take_apart(dialect, fields), vocabulary, tally), vocabulary
             )
-        prompt = prompts.take_apart(dialect, fields)
-        if size <= INLINE_BYTES:
-            return self._inline(lambda tally: self._add_up(prompt, vocabulary, tally), vocabulary)
-        units = prompt.units + [(prompts.MESSAGE, raw) for raw in prompt.messages]
-        return prompt.fixed + await self._count_units(units, vocabulary)
+        return await self._count_parts(prompts.take_apart(dialect, fields), size, vocabulary)
 
     async def _count_texts(self, texts: Sequence[str], vocabulary: Vocabulary) -> int:
         def add(tally: Tally) -> int:
@@ -100,10 +97,15 @@ class Counter:
             return self._inline(add, vocabulary)
         return await self._in_thread(add, vocabulary)
 
-    async def _count_units(self, units: Sequence[tuple[bytes, prompts.Raw]], vocabulary: Vocabulary) -> int:
+    async def _count_parts(self, prompt: prompts.Prompt, size: int, vocabulary: Vocabulary) -> int:
+        """`size` is the length of all units in bytes."""
+        if size <= INLINE_BYTES:
+            return self._inline(lambda tally: self._add_up(prompt, vocabulary, tally), vocabulary)
+        if size > LOOP_BYTES:
+            return await self._in_thread(lambda tally: self._add_up(prompt, vocabulary, tally), vocabulary)
+        units = prompt.units + [(prompts.MESSAGE, raw) for raw in prompt.messages]
         known, unknown = self._look_up(units, vocabulary)
-        if not unknown:
-            return known
+        known += prompt.fixed
         if sum(len(raw) for _, _, raw in unknown) <= INLINE_BYTES:
             return known + self._inline(lambda tally: self._learn(unknown, tally), vocabulary)
         return known + await self._in_thread(lambda tally: self._learn(unknown, tally), vocabulary)

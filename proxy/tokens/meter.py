@@ -62,15 +62,14 @@ class _Chunk(msgspec.Struct):
 
     choices: list[_Choice] | None = None
     type: Any = None
-    delta: msgspec.Raw | None = None
-    item: msgspec.Raw | None = None
+    delta: Any = None
+    item: Any = None
     output: list[dict[str, Any]] | None = None
     output_index: Any = 0
 
 
 _OVERFLOW: Final = ("", 0, 0)
 _decode = msgspec.json.Decoder(_Chunk).decode
-_decode_any = msgspec.json.decode
 _NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -151,8 +150,8 @@ class Meter:
                 self._choice(choice)
         elif chunk.delta is not None:
             self._delta_event(chunk)
-        elif chunk.item is not None and chunk.type == "response.output_item.added":
-            self._keep("name", _index(chunk.output_index), 0, _member(chunk.item, "name"))
+        elif chunk.type == "response.output_item.added" and isinstance(chunk.item, dict):
+            self._keep("name", _index(chunk.output_index), 0, chunk.item.get("name"))
         elif chunk.output is not None:
             for number, item in enumerate(chunk.output):
                 self._item(_index(number), item)
@@ -189,7 +188,7 @@ class Meter:
         """`response.output_text.delta` and its kin. Deltas of audio are base64, not text."""
         kind = chunk.type
         if isinstance(kind, str) and kind.endswith(".delta") and not kind.endswith("audio.delta"):
-            self._keep(kind, _index(chunk.output_index), 0, _decode_quietly(chunk.delta))
+            self._keep(kind, _index(chunk.output_index), 0, chunk.delta)
 
     def _item(self, number: int, item: dict[str, Any]) -> None:
         """An item of `output` of a plain Responses reply."""
@@ -253,15 +252,3 @@ def _of_parts(content: Any) -> str:
                 text = part.get(member)
                 found.append(text if isinstance(text, str) else _of_parts(text))
     return "".join(found)
-
-
-def _decode_quietly(raw: msgspec.Raw | None) -> Any:
-    try:
-        return None if raw is None else _decode_any(raw)
-    except _NOT_JSON:
-        return None
-
-
-def _member(raw: msgspec.Raw, name: str) -> Any:
-    value = _decode_quietly(raw)
-    return value.get(name) if isinstance(value, dict) else None

@@ -11,7 +11,7 @@ audio, files) count as 0. What a provider keeps (`previous_response_id`, stored 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -53,7 +53,7 @@ class Prompt:
     fixed: int = 0
     units: list[tuple[bytes, Raw]] = field(default_factory=list)
     """(kind, bytes); the kind is one byte, a key of `WALKS`."""
-    messages: list[msgspec.Raw] = field(default_factory=list)
+    messages: Sequence[Raw] = ()
     """Units of kind MESSAGE, or an even selection of them."""
     of: int = 0
     """How many messages there are."""
