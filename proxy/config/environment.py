@@ -50,8 +50,10 @@ def _unmatched(
 ) -> Problem:
     if found:
         return problem(place, found[0][0], "matches more than one name: set this one in the file")
-    hint = did_you_mean(name, [key for key, places in known.items() if isinstance(places[0][1], Leaf | ListOf)])
-    return problem(place, (), f"matches no key: {hint if '?' in hint else 'see breakwater config schema'}")
+    keys = [key.removeprefix(PREFIX) for key, places in known.items() if isinstance(places[0][1], Leaf | ListOf)]
+    hint = did_you_mean(name.removeprefix(PREFIX), keys)
+    hint = hint.replace("'", f"'{PREFIX}", 1) if "?" in hint else "see breakwater config schema"
+    return problem(place, (), f"matches no key: {hint}")
 
 
 def _keys(

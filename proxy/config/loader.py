@@ -18,7 +18,7 @@ from proxy.config.effective import digest, leaves
 from proxy.config.problems import NOWHERE, ConfigErrors, Path, Place, Problem, problem, render
 from proxy.config.settings import Settings
 from proxy.config.shape import Record, record
-from proxy.config.tree import Table, native
+from proxy.config.tree import Node, Table, native
 from proxy.config.validate import translated, validated
 
 MAX_FILE_BYTES = 1_048_576
@@ -41,7 +41,8 @@ def load(path: FilePath | None, env: Mapping[str, str], overrides: Mapping[str, 
     """Reads the file at `path` (None: no file).
 
     `overrides` are the flags, by dotted path of keys (`listen.port`), as Python values; None means that the flag was
-    not given. Relative paths in the file start at its directory, all others at the current one.
+    not given, and a mapping changes the keys that it names. Relative paths in the file start at its directory, all
+    others at the current one.
     Raises ConfigErrors with all problems; KeyError for an override of a path that does not exist.
     """
     shape = record(Settings)
@@ -110,7 +111,17 @@ def _override(tree: Table, overrides: Mapping[str, object], shape: Record) -> No
             at = child
         if last not in fields:
             raise KeyError(dotted)
-        at.nodes[last] = native(value, place)
+        _merge(at, last, native(value, place))
+
+
+def _merge(table: Table, key: str, node: Node) -> None:
+    below = table.nodes.get(key)
+    if isinstance(below, Table) and isinstance(node, Table):
+        for name, child in node.nodes.items():
+            _merge(below, name, child)
+    else:
+        table.nodes[key] = node
+        table.keys[key] = node.place
 
 
 def _origin(path: Path, binding: Binding) -> str:

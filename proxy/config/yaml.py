@@ -167,7 +167,10 @@ def _place(source: str, mark: yaml.Mark) -> Place:
 
 def _reason(error: yaml.MarkedYAMLError, text: str) -> str:
     """What PyYAML says, without the words it quotes from the text: they can be part of a secret."""
-    reason = _QUOTED_WORD.sub("", error.problem or error.context or "malformed")
+    reason = error.problem or error.context or "malformed"
+    if error.context and reason.startswith("but "):
+        reason = f"{error.context}, {reason}"
+    reason = _QUOTED_WORD.sub("", reason)
     mark = error.problem_mark
     if mark is not None and text[max(mark.index - 1, 0) : mark.index + 1] == "${":
         return f'{reason}; within [...] or {{...}} write a variable in quotes: "${{NAME}}"'

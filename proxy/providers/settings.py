@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -112,6 +113,16 @@ class OpenAISettings(Section):
             parts = _http_url(value.get_secret_value(), "http://proxy.example.com:3128")
             if parts.path not in ("", "/") or parts.query or parts.fragment:
                 raise ValueError("expected scheme, host and port only, such as http://proxy.example.com:3128")
+        return value
+
+    @field_validator("ca_file")
+    @classmethod
+    def _holds_certificates(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=value)
+            except OSError:  # unreadable, or (as its subclass SSLError) without any certificate
+                raise ValueError("expected a PEM file of certificates") from None
         return value
 
 
