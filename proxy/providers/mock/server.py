@@ -17,7 +17,7 @@ import asyncio
 import socket
 import struct
 from collections import deque
-from typing import Final
+from typing import Final, cast
 
 import httptools
 
@@ -105,8 +105,7 @@ class _Connection(asyncio.Protocol):
     # ── the connection ──────────────────────────────────────────────────────────────────────────────────────────
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own class derives from none of asyncio's
         self._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -146,7 +145,7 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserCallbackError:
             raise  # ours, not the client's: the loop reports it and closes the connection
         except httptools.HttpParserUpgrade:
-            self._refuse(400, "The mock speaks HTTP/1.1 only.")
+            pass  # refused already, when its head was complete
         except httptools.HttpParserError:
             self._refuse(400, "The request is not valid HTTP.")
         else:
@@ -168,6 +167,8 @@ class _Connection(asyncio.Protocol):
             self._refuse(431, "The request has too many headers.")
 
     def on_headers_complete(self) -> None:
+        if self._parser.should_upgrade():
+            self._refuse(400, "The mock speaks HTTP/1.1 only.")
         self._head_size = -(1 << 60)  # from here on the body's own limit holds
 
     def on_body(self, data: bytes) -> None:
