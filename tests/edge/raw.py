@@ -133,6 +133,8 @@ class Site:
     faults: list[dict[str, Any]] = field(default_factory=list)
     """What reached the loop's exception handler: always none."""
     loop: asyncio.AbstractEventLoop | None = None
+    gate: threading.Event = field(default_factory=threading.Event)
+    """For an application that waits until the test lets it answer."""
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         self.heard.append(scope)

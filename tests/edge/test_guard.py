@@ -46,6 +46,9 @@ async def app(site: Site, scope: dict[str, Any], receive: Any, send: Any) -> Non
     path = scope["path"]
     if path == "/early":
         await reply(send, b"early", 401)
+    elif path == "/gate":
+        await asyncio.to_thread(site.gate.wait, PATIENCE)
+        await reply(send, b"open")
     elif path.startswith("/hold"):
         lost = asyncio.Event()
 
@@ -415,9 +418,8 @@ def test_a_slow_head_is_refused_at_its_deadline(hasty: Site) -> None:
     hasty.clear()
     started = time.monotonic()
     with hasty.wire() as wire:
-        for byte in GOOD * 100:
-            if hasty.refused or not wire.offer(bytes([byte])):
-                break
+        wire.send(b"GET /x HTTP/1.1\r\nHost: a\r\nx-slow: ")
+        while not hasty.refused and wire.offer(b"b"):
             time.sleep(0.02)
         assert_refusal(wire.answer(), 408, "request_timeout")
         assert wire.rest() == b""
@@ -514,6 +516,22 @@ def test_a_body_deadline_in_the_middle_of_the_answer_cuts_it(hasty: Site) -> Non
     assert hasty.lost == ["body_timeout"]
 
 
+def sockets_of(site: Site) -> list[list[str]]:
+    """The kernel's rows of connections to the server, from both ends: local, remote, state, queues."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    port = f":{site.port:04X}"
+    return [row[1:5] for row in rows if row[3] != "0A" and (row[1].endswith(port) or row[2].endswith(port))]
+
+
+def nothing_in_flight(site: Site) -> bool:
+    """Whether the server has read every byte that was sent to it."""
+    return all(queues == "00000000:00000000" for _, _, _, queues in sockets_of(site))
+
+
+def connected(site: Site) -> bool:
+    return any(state in ("01", "08") for _, _, state, _ in sockets_of(site))
+
+
 # --- order ----------------------------------------------------------------------------------------------------------
 
 
@@ -563,20 +581,28 @@ def test_a_refused_body_in_the_queue_does_not_disturb_the_running_request(roomy:
 
 
 def test_a_large_body_behind_a_running_request_is_not_waited_for(roomy: Site) -> None:
+    roomy.clear()
+    roomy.gate.clear()
     with roomy.wire() as wire:
-        wire.send(get(b"/1") + post(b"Content-Length: 500000"))
-        wire.offer(b"b" * 500_000)
-        assert json.loads(wire.answer().body)["path"] == "/1"
-        # Whether the rest came before or after that answer decides: served, or closed without one.
-        assert wire.rest()[:15] in (b"", b"HTTP/1.1 200 OK")
+        wire.send(get(b"/gate") + get(b"/2") + post(b"Content-Length: 500000", body=b"b" * 500_000))
+        eventually(lambda: roomy.heard and nothing_in_flight(roomy))
+        roomy.gate.set()
+        assert wire.answer().headers.get("connection") is None
+        last = wire.answer()
+        assert json.loads(last.body)["path"] == "/2"
+        assert last.headers["connection"] == "close"
+        assert wire.rest() == b""
+    assert len(roomy.heard) == 2
+    assert roomy.refused == []
+
+
+def test_a_client_that_left_behind_a_large_pipelined_body_is_noticed(roomy: Site) -> None:
     roomy.clear()
     with roomy.wire() as wire:
-        wire.send(get(b"/hold"))
-        eventually(lambda: roomy.heard)
-        wire.send(post(b"Content-Length: 500000"))
-        wire.offer(b"b" * 500_000)
+        wire.send(get(b"/hold") + post(b"Content-Length: 500000", body=b"b" * 500_000))
+        eventually(lambda: roomy.heard and nothing_in_flight(roomy))
         wire.reset()
-    eventually(lambda: roomy.lost)
+        eventually(lambda: roomy.lost)
     assert roomy.lost == ["gone"]
     assert len(roomy.heard) == 1
 
@@ -630,15 +656,8 @@ def test_a_client_that_leaves_after_the_answer_is_not_news() -> None:
                 assert wire.answer().status == 200
                 wire.send(GOOD)
                 assert wire.answer().status == 200
-        eventually(lambda: not open_connections(site))
+        eventually(lambda: not connected(site))
         assert site.lost == []
-
-
-def open_connections(site: Site) -> bool:
-    """Whether the server still holds a socket to a client: asked of the kernel, by port."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    local = f":{site.port:04X}"
-    return any(row[1].endswith(local) and row[3] in ("01", "08") for row in rows)
 
 
 def test_who_asks_late_is_told_at_once() -> None:
