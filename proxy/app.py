@@ -19,7 +19,7 @@ from proxy.edge.asgi import App, Gateway, Side
 from proxy.edge.auth import AdminKeys, KeyedTenants, Keyless, is_loopback
 from proxy.edge.head import Limits
 from proxy.observability.events import Bus, ConnectionRefused
-from proxy.observability.metrics import Metrics
+from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
 from proxy.pipeline import Pipeline, Tenants
 from proxy.providers.base import Provider
@@ -93,7 +93,8 @@ def create_app(
     bus.subscribe(metrics)
     local = is_loopback(listen.host)
     side = Side(
-        metrics,
+        metrics.render,
+        CONTENT_TYPE,
         AdminKeys(key.get_secret_value() for key in settings.admin.keys),
         metrics_open=local or settings.observability.metrics_public,
         any_host=not local,
@@ -147,7 +148,7 @@ def _provider(name: str, settings: ProviderSettings, scrubber: Scrubber) -> Prov
             seed=settings.seed,
             tokens_per_second=settings.tokens_per_second,
             first_token_ms=settings.first_token_ms,
-            script=read_script(settings.script.read_bytes()) if settings.script is not None else None,
+            script=read_script(settings.script) if settings.script is not None else None,
         )
         return OpenAIProvider(name, "http://mock/v1", ScriptedTransport(mock), timeouts)
     headers: Headers = []

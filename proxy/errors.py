@@ -164,7 +164,8 @@ class UpstreamRateLimited(UpstreamError):
 class StreamInterrupted(UpstreamError):
     """Only ever an SSE event, the last one of its stream.
 
-    `event` is the provider's own error event, complete, where it sent one that every SDK raises on; else ours is written.
+    `event` is the provider's own error event, complete, where it sent one that every SDK raises on; else ours is
+    written.
     """
 
     code = "stream_interrupted"

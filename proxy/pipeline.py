@@ -1,4 +1,4 @@
-"""The way of one request. This is the first file to read: one function shows the whole order, and nothing else decides it.
+"""The way of one request. The first file to read: one function shows the whole order, and nothing else decides it.
 
 What is refused is refused before anything was sent. What must be undone is an `async with`, and only that. The reply is
 pushed to `out` inside of it, by one path for streamed and plain replies: a plain reply is one event.
@@ -62,11 +62,9 @@ class Pipeline:
         if ask.stream:
             record.stream = True
             out.expect_stream()
-        async with Metered(self.counter, ask, target, record) as meter:
-            async with Attempt(
-                self.providers[target.provider], ask, target, record, self.clock
-            ) as reply:  # 429, 503, 504
-                await self._push(reply, meter, out)
+        attempt = Attempt(self.providers[target.provider], ask, target, record, self.clock)
+        async with Metered(self.counter, ask, target, record) as meter, attempt as reply:  # 429, 503, 504
+            await self._push(reply, meter, out)
 
     def _target(self, ask: Ask, tenant: Tenant) -> Target:
         if ask.dialect == "passthrough" or not ask.model:

@@ -17,16 +17,17 @@ from proxy.edge.exchange import Exchange, Service
 from proxy.edge.headers import request_id, traceparent
 from proxy.errors import InvalidKey, MethodNotAllowed, NotFound, ProxyError, envelope
 from proxy.observability.events import Bus
-from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.pipeline import Pipeline
 from proxy.types import Headers
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 Readiness = Literal["ok", "starting", "draining"]
 
+SILENCE_SECONDS: Final = 10.0
+"""See `Service.silence`."""
 _WITHOUT_PREFIX: Final = frozenset(
-    ("chat", "completions", "embeddings", "models", "responses", "moderations", "images", "audio", "files", "uploads")
-    + ("batches", "fine_tuning", "vector_stores", "assistants", "threads", "conversations", "videos", "containers")
+    {"chat", "completions", "embeddings", "models", "responses", "moderations", "images", "audio", "files", "uploads"}
+    | {"batches", "fine_tuning", "vector_stores", "assistants", "threads", "conversations", "videos", "containers"}
 )
 """First segments that clients whose base URL lacks `/v1` use."""
 
@@ -54,11 +55,12 @@ class Gateway:
         own_port: bool,
         clock: Callable[[], float],
         random: Callable[[int], bytes] = os.urandom,
+        silence: float = SILENCE_SECONDS,
     ) -> None:
         """`own_port`: metrics and administration are served elsewhere; here only the health of the process."""
         self.side = side
-        self._service = Service(pipeline, bus, max_in_flight, max_body_bytes, clock, random)
-        self._live = self._service.live
+        self.service = Service(pipeline, bus, max_in_flight, max_body_bytes, clock, random, silence)
+        self._live = self.service.live
         self._own_port = own_port
 
     @property
@@ -70,7 +72,7 @@ class Gateway:
         if path is None:
             await self.side(scope, receive, send, health_only=self._own_port)
             return
-        exchange = Exchange(self._service, path, scope, receive, send)
+        exchange = Exchange(self.service, path, scope, receive, send)
         self._live.add(exchange)
         try:
             await exchange.run()
@@ -93,17 +95,19 @@ class Side:
 
     def __init__(
         self,
-        metrics: Metrics,
+        metrics: Callable[[], Awaitable[bytes]],
+        metrics_type: str,
         admin_keys: AdminKeys,
         *,
         metrics_open: bool,
         any_host: bool,
         admin: Callable[[], App],
     ) -> None:
-        """`metrics_open`: no key needed (on loopback, then with the checks of keyless mode unless `any_host`).
+        """`metrics` renders the page, of the content type `metrics_type`. `metrics_open`: no key needed (on loopback, then with the checks of keyless mode unless `any_host`).
         `admin` builds the administration's application at its first request."""
         self.readiness: Readiness = "starting"
         self._metrics = metrics
+        self._metrics_type = metrics_type.encode()
         self._admin_keys = admin_keys
         self._metrics_open = metrics_open
         self._any_host = any_host
@@ -122,7 +126,7 @@ class Side:
                 await _answer(scope, send, status, self.readiness.encode(), b"text/plain; charset=utf-8")
             elif path == "/metrics" and not health_only:
                 self._authorise_metrics(scope["headers"])
-                await _answer(scope, send, 200, await self._metrics.render(), CONTENT_TYPE.encode())
+                await _answer(scope, send, 200, await self._metrics(), self._metrics_type)
             elif (path == "/admin" or path.startswith("/admin/")) and self._admin_keys and not health_only:
                 if not self._admin_keys.accept(scope["headers"]):
                     raise InvalidKey

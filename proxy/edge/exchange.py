@@ -36,8 +36,6 @@ from proxy.observability.events import Bus, InternalFault, RequestFinished, Requ
 from proxy.pipeline import Pipeline
 from proxy.types import Call, Event, Headers, Record
 
-SILENCE_SECONDS: Final = 10.0
-"""A stream that has nothing to say for this long says a comment, so that nobody on the way takes it for dead."""
 CLIENT_LEFT: Final = 499
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
 _JSON: Final = (b"content-type", b"application/json")
@@ -65,6 +63,9 @@ class Service:
     max_body_bytes: int
     clock: Callable[[], float]
     random: Callable[[int], bytes]
+    silence: float
+    """Seconds. A stream that has nothing to say for this long says a comment, so that nobody on the way takes it for
+    dead."""
     live: set[Exchange] = field(default_factory=set)
 
 
@@ -201,7 +202,7 @@ class Exchange:
     # --- Out --------------------------------------------------------------------------------------------------------
 
     def expect_stream(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(SILENCE_SECONDS, self._tick)
+        self._timer = asyncio.get_running_loop().call_later(self._service.silence, self._tick)
 
     async def start(self, status: int, headers: Headers, *, stream: bool = False, length: int | None = None) -> None:
         if self._beating is not None:
@@ -299,10 +300,10 @@ class Exchange:
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        due = self._last_write + SILENCE_SECONDS
+        due = self._last_write + self._service.silence
         if due <= loop.time() and self._beating is None and not self._complete:
             self._beating = loop.create_task(self._beat())
-            due = loop.time() + SILENCE_SECONDS
+            due = loop.time() + self._service.silence
         self._timer = loop.call_at(due, self._tick)
 
     async def _beat(self) -> None:

@@ -1,0 +1,1 @@
+"""The whole program, used as its users use it: real processes, real sockets, real SDKs."""
