@@ -56,7 +56,8 @@ class Pipeline:
         ask = requests.parse(call, tenant, tenants_configured=self.tenants_configured)  # 400, 404, 405
         record.route = ask.route
         if ask.dialect == "models":
-            return await self.catalog.answer(ask, tenant, out)
+            await self.catalog.answer(ask, tenant, out)
+            return
         target = self._target(ask, tenant)  # 404
         record.model, record.provider, record.upstream_model = target.label, target.provider, target.model
         if ask.stream:

@@ -103,7 +103,9 @@ class Side:
         any_host: bool,
         admin: Callable[[], App],
     ) -> None:
-        """`metrics` renders the page, of the content type `metrics_type`. `metrics_open`: no key needed (on loopback, then with the checks of keyless mode unless `any_host`).
+        """`metrics` renders the page, of the content type `metrics_type`.
+
+        `metrics_open`: no key needed (on loopback, then with the checks of keyless mode unless `any_host`).
         `admin` builds the administration's application at its first request."""
         self.readiness: Readiness = "starting"
         self._metrics = metrics

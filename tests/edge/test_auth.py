@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.edge.auth import AdminKeys, Keyless, KeyedTenants, is_loopback_host
+from proxy.edge.auth import AdminKeys, KeyedTenants, Keyless, is_loopback_host
 from proxy.edge.headers import request_id, traceparent
 from proxy.errors import InvalidKey, OriginNotAllowed, envelope
 from proxy.types import Call, Headers, Tenant
@@ -61,7 +61,9 @@ def test_every_wrong_key_gets_one_identical_answer(headers: Headers) -> None:
     assert envelope(caught.value) == envelope(InvalidKey())
 
 
-@pytest.mark.parametrize("host", [b"localhost", b"localhost:8080", b"127.0.0.1:8080", b"127.9.9.9", b"[::1]:80", b"[::1]"])
+@pytest.mark.parametrize(
+    "host", [b"localhost", b"localhost:8080", b"127.0.0.1:8080", b"127.9.9.9", b"[::1]:80", b"[::1]"]
+)
 def test_keyless_serves_programs_on_this_machine(host: bytes) -> None:
     anything = (b"authorization", b"Bearer anything")
     assert Keyless().identify(call((b"host", host), anything)).name == "default"
@@ -117,7 +119,15 @@ def zeros(n: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("sent", "kept"),
-    [(b"my-id_1.2", True), (b"x" * 64, True), (b"x" * 65, False), (b"a b", False), (b"a\r\nb", False), (b"", False), (None, False)],
+    [
+        (b"my-id_1.2", True),
+        (b"x" * 64, True),
+        (b"x" * 65, False),
+        (b"a b", False),
+        (b"a\r\nb", False),
+        (b"", False),
+        (None, False),
+    ],
 )
 def test_a_request_id_is_kept_only_if_harmless(sent: bytes | None, kept: bool) -> None:
     found = request_id(sent, zeros)
@@ -131,7 +141,13 @@ def test_a_trace_is_continued_by_a_span_of_ours() -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    [None, b"", b"garbage", b"01-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01", b"00-" + b"0" * 32 + b"-" + b"2" * 16 + b"-01"],
+    [
+        None,
+        b"",
+        b"garbage",
+        b"01-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01",
+        b"00-" + b"0" * 32 + b"-" + b"2" * 16 + b"-01",
+    ],
 )
 def test_a_broken_trace_starts_anew(sent: bytes | None) -> None:
     assert traceparent(sent, zeros) == "00-" + "ab" * 16 + "-" + "ab" * 8 + "-01"

