@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
+import struct
 import sys
 from collections.abc import Iterable
 from typing import Final
@@ -21,6 +22,11 @@ MIN_LENGTH: Final = 8
 _WORD: Final = 8
 _SURE: Final = 2 * _WORD - 1
 _CHUNK: Final = 1 << 16
+_UNPACK: Final = tuple([struct.Struct(f"{words}Q").unpack_from for words in range(128)])
+"""Bytes to that many words: for the short texts of a log line."""
+
+_QUOTED: Final = frozenset("\"'\\")
+_LETTERS_WRITTEN_OUT: Final = re.compile(rb"\\[ux/]|%[0-9a-fA-F]{2}")
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/_\-]*={0,2}")
 _BASE64_BYTES: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_-")
 
@@ -28,21 +34,24 @@ _BASE64_BYTES: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrs
 class KnownSecrets:
     """`values` as configured. Each is looked for as it is and in base64 (any alignment, both alphabets)."""
 
-    __slots__ = ("_encoded", "_short", "_words")
+    __slots__ = ("_encoded", "_marks", "_quoted", "_short", "_words")
 
     def __init__(self, values: Iterable[str]) -> None:
         self._words: dict[int, tuple[bytes, ...]] = {}
         self._short: tuple[bytes, ...] = ()
         self._encoded: set[bytes] = set()
+        self._quoted = False
         for value in sorted(set(values)):
             secret = value.encode("utf-8", "surrogatepass")
             if len(value) >= MIN_LENGTH:
                 self._learn(secret)
+                self._quoted = self._quoted or not value.isprintable() or not _QUOTED.isdisjoint(value)
                 if b" " in secret:
                     self._learn(secret.replace(b" ", b"+"))  # as a form field; other URL encoding is undone before
                 for form in _base64_cores(secret):
                     self._encoded.add(form)
                     self._learn(form)
+        self._marks = frozenset(self._words)  # a set answers `isdisjoint` faster than the view of a dict's keys
 
     def _learn(self, form: bytes) -> None:
         if len(form) < _SURE:
@@ -57,15 +66,20 @@ class KnownSecrets:
         for form in self._short:
             if form in data:
                 return False
-        if not self._words:
+        words = len(data) // _WORD
+        if not self._marks or not words:
             return True
-        known = self._words.keys()
-        view = memoryview(data)
-        for start in range(0, len(data) & -_WORD, _CHUNK):
-            piece = view[start : start + _CHUNK]
-            if not known.isdisjoint(piece[: len(piece) & -_WORD].cast("Q").tolist()):
+        if words < len(_UNPACK):
+            return self._marks.isdisjoint(_UNPACK[words](data))
+        view = memoryview(data)[: words * _WORD]
+        for start in range(0, len(view), _CHUNK):
+            if not self._marks.isdisjoint(view[start : start + _CHUNK].cast("Q").tolist()):
                 return False
         return True
+
+    def plain(self, data: bytes) -> bool:
+        """No escape in `data` can hide a secret of ours: most undo to quotes and line ends, which keys do not have."""
+        return not (self._quoted and b"\\" in data) and _LETTERS_WRITTEN_OUT.search(data) is None
 
     def find(self, data: bytes) -> list[Span]:
         """Every occurrence; of a base64 form the whole run of base64 around it: its edges hold parts of the secret."""
@@ -82,8 +96,8 @@ class KnownSecrets:
 
     def _candidates(self, data: bytes) -> set[bytes]:
         forms = set(self._short)
-        words = memoryview(data)[: len(data) & -_WORD].cast("Q").tolist()
-        for word in self._words.keys() & set(words):
+        words = memoryview(data)[: len(data) // _WORD * _WORD].cast("Q").tolist()
+        for word in self._marks.intersection(words):
             forms.update(self._words[word])
         return forms
 

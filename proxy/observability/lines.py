@@ -67,7 +67,7 @@ class Lines:
     def safe(self, value: Any) -> Any:
         """A text, or a sequence of texts, scrubbed and without what a terminal would obey. Numbers pass."""
         if isinstance(value, str):
-            return _UNSAFE.sub(_escaped, self.scrubber.scrub_text(value))
+            return _UNSAFE.sub(_escaped, self.scrubber.scrub_text(value, MAX_LINE))
         if isinstance(value, tuple | list):
             return [self.safe(item) for item in value[:_MAX_ITEMS]]
         return value
@@ -90,7 +90,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def _shortened(fields: dict[str, Any]) -> bytes:
-    """Halves the largest text until the line fits. A member that is not text is small by construction."""
+    """Halves the largest text or list of texts until the line fits."""
     fields = dict(fields)
     while True:
         line = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
@@ -98,7 +98,7 @@ def _shortened(fields: dict[str, Any]) -> bytes:
             return line
         name = max(fields, key=lambda name: len(orjson.dumps(fields[name])))
         value = fields[name]
-        if isinstance(value, list):
+        if not isinstance(value, str):
             fields[name] = value[: len(value) // 2]
         else:
             fields[name] = value[: len(value) // 2].removesuffix("…") + "…"

@@ -27,28 +27,37 @@ _CUT: Final = "…[cut]"
 
 
 class Scrubber:
-    """`known`: every secret of the configuration, as it is used. Immutable, and safe in any thread."""
+    """`known`: every secret of the configuration, as it is used. Immutable, and safe in any thread.
 
-    __slots__ = ("_known",)
+    With `texts` False what is for logs stays as it is (only cut); answers to clients (`scrub_bytes`) never do.
+    """
 
-    def __init__(self, known: Iterable[str] = ()) -> None:
+    __slots__ = ("_known", "_texts")
+
+    def __init__(self, known: Iterable[str] = (), *, texts: bool = True) -> None:
         self._known = KnownSecrets(known)
+        self._texts = texts
 
     def is_clean(self, text: str) -> bool:
         """True: there is certainly nothing to redact. The cheap question that answers for nearly every text."""
+        if not self._texts:
+            return True
         return shapes.innocent(text) and self._known.absent(text.encode("utf-8", "surrogatepass"))
 
-    def scrub_text(self, text: str) -> str:
-        """`text` with every secret replaced by `[redacted]`, a vendor's public prefix left standing; at most 64 KB."""
-        if len(text) <= MAX_TEXT // 4 and self.is_clean(text):
+    def scrub_text(self, text: str, limit: int = MAX_TEXT) -> str:
+        """`text` with every secret replaced by `[redacted]`, a vendor's public prefix left standing.
+
+        Of a text over `limit` bytes the rest is cut off, and a mark says so.
+        """
+        if len(text) <= limit // 4 and self.is_clean(text):
             return text
-        data = text[: MAX_TEXT + _MARGIN].encode("utf-8", "surrogatepass")
+        data = text[: limit + _MARGIN].encode("utf-8", "surrogatepass")
         # Seen beyond the cut, so that a secret that lies across it is recognised; kept only up to it.
-        data, cut = data[: MAX_TEXT + _MARGIN], len(data) > MAX_TEXT
-        spans = self._spans(data)
+        data, cut = data[: limit + _MARGIN], len(data) > limit
+        spans = self._spans(data) if self._texts else []
         if cut:
-            spans = [(start, min(end, MAX_TEXT)) for start, end in spans if start < MAX_TEXT]
-            data = data[:MAX_TEXT]
+            spans = [(start, min(end, limit)) for start, end in spans if start < limit]
+            data = data[:limit]
         scrubbed = _replace(data, spans).decode("utf-8", "replace" if cut else "surrogatepass")
         return scrubbed + _CUT if cut else scrubbed
 
@@ -61,7 +70,7 @@ class Scrubber:
 
     def scrub_bytes(self, body: bytes) -> bytes:
         """`body` with the known secrets replaced, in every encoding, and not a byte else changed."""
-        if b"\\" not in body and b"%" not in body and self._known.absent(body):
+        if self._known.absent(body) and self._known.plain(body):
             return body
         spans = [original(span, way) for data, way in views(body) for span in self._known.find(data)]
         return _replace(body, spans) if spans else body
@@ -89,7 +98,7 @@ class Scrubber:
         return f"<{type(value).__name__}>"
 
     def _member(self, key: Any, value: Any, depth: int) -> Any:
-        if shapes.is_secret_name(key if isinstance(key, str) else _text(key)):
+        if self._texts and shapes.is_secret_name(key if isinstance(key, str) else _text(key)):
             # Numbers and flags stay: `"first_token": 0.3`, `"password": null`. A password of digits is a string.
             return value if value is None or isinstance(value, bool | int | float) else REDACTED
         return self._value(value, depth)

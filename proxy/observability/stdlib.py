@@ -38,13 +38,13 @@ class StdlibLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = self._line(record, _message(record))
+            fault = record.exc_info[1] if record.exc_info else None
+            line = self._line(record, _message(record), tracebacks.render(fault) if fault is not None else "")
         except Exception as exc:  # A wrong format string of anyone's must not break the caller, nor print around us.
-            line = self._line(record, f"unprintable log record: {type(exc).__name__}")
+            line = self._line(record, f"unprintable log record: {type(exc).__name__}", "")
         self._writer.write(line, urgent=record.levelno >= logging.ERROR)
 
-    def _line(self, record: logging.LogRecord, message: str) -> bytes:
-        trace = tracebacks.render(record.exc_info[1]) if record.exc_info and record.exc_info[1] else ""
+    def _line(self, record: logging.LogRecord, message: str, trace: str) -> bytes:
         if self._plain:
             return self._plain_line(record, message, trace)
         fields = {"event": "log", "ts": self._lines.stamp(), "level": _level(record.levelno)}

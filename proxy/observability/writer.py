@@ -64,14 +64,17 @@ class LineWriter:
         """Never blocks and never raises. `urgent` lines, and all before them, are written at once."""
         cost = len(line) + _PER_LINE
         with self._lock:
-            if self._gone or self._closing or self._pending + cost > self._capacity:
+            if self._gone or self._closing:
+                self.dropped += 1
+                return
+            if self._thread is None:
+                self._start()
+            if self._pending + cost > self._capacity:
                 self.dropped += 1
                 self._notice_due = True
-                return
-            self._lines.append(line)
-            self._pending += cost
-            if self._thread is None and not self._start():
-                return
+            else:
+                self._lines.append(line)
+                self._pending += cost
             if (urgent or self._pending >= self._batch) and not self._hurry:
                 self._hurry = True
                 self._work.notify()
@@ -100,15 +103,14 @@ class LineWriter:
                 self._fd = None
             return not self._pending
 
-    def _start(self) -> bool:
+    def _start(self) -> None:
         """Not at construction: whoever only prints a version starts no thread. Out of threads: the next line tries."""
         thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            return False
+            return
         self._thread = thread
-        return True
 
     def _run(self) -> None:
         while True:
