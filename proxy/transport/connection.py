@@ -219,7 +219,10 @@ class Connection(asyncio.Protocol):
         self._headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value.rstrip(b" \t")))
+        name = name.lower()
+        if name == b"transfer-encoding" and b"\t" in value:
+            raise _Refused  # the parser does not know `chunked` by a tab, and would hand out the chunks' framing as body
+        self._headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         parser = self._parser

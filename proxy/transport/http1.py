@@ -12,7 +12,7 @@ import ssl
 
 from proxy.errors import ConnectFailed, UpstreamBroken
 from proxy.transport.base import Origin, Request
-from proxy.transport.connect import open_connection
+from proxy.transport.connect import open_connection, trusting_the_system
 from proxy.transport.connection import Connection
 from proxy.transport.framing import request_head
 from proxy.transport.pool import Pool, PoolStats
@@ -97,7 +97,7 @@ class Http1Transport:
             raise ConnectFailed("The transport is closed.", reason="pool")
         tls = None
         if origin.scheme == "https":
-            tls = self._ssl_context = self._ssl_context or _trusting_the_system()
+            tls = self._ssl_context = self._ssl_context or trusting_the_system()
         pool: Pool[Connection] = Pool(asyncio.get_running_loop(), self._max_connections, self._keepalive)
         site = self._sites[origin.scheme, origin.host, origin.port] = _Site(origin, pool, tls)
         return site
@@ -140,9 +140,3 @@ def _check(transport: asyncio.Transport, tls: bool) -> None:
     if tls and transport.get_extra_info("ssl_object").selected_alpn_protocol() not in (None, "http/1.1"):
         transport.abort()
         raise ConnectFailed("The upstream insists on another protocol than HTTP/1.1.", reason="tls")
-
-
-def _trusting_the_system() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
