@@ -54,7 +54,7 @@ class Settings(Section):
     listen: ListenSettings = ListenSettings()
     """Where the proxy listens, and what it accepts from a client."""
     admin: AdminSettings = AdminSettings()
-    """Who may use /admin and /dashboard."""
+    """Who may use /admin."""
     providers: dict[str, ProviderSettings] = Field(min_length=1)
     """Providers by name (1 to 64 of a-z, 0-9, '.', '_', '-'); the first one serves pass-through."""
     models: tuple[ModelSettings, ...] = Field(

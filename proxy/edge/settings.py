@@ -45,7 +45,7 @@ class ListenSettings(Section):
     port: int = Field(default=8080, ge=0, le=65535)
     """TCP port; 0 takes any free one."""
     admin_port: int | None = Field(default=None, ge=0, le=65535)
-    """TCP port of its own for /metrics, /admin and /dashboard; null leaves them on `port`."""
+    """TCP port of its own for /metrics and /admin; null leaves them on `port`."""
     max_body_bytes: int = Field(default=20_971_520, ge=1, le=1_073_741_824)
     """Largest request body, in bytes; above it the answer is 413."""
     max_in_flight: int = Field(default=2000, ge=1, le=1_000_000)
@@ -82,10 +82,10 @@ class ListenSettings(Section):
 
 
 class AdminSettings(Section):
-    """Who may use /admin and /dashboard."""
+    """Who may use /admin."""
 
     keys: tuple[Key, ...] = ()
-    """Admin keys of at least 16 characters; with none, /admin and /dashboard answer 404."""
+    """Admin keys of at least 16 characters; with none, /admin answers 404."""
 
 
 class TenantSettings(Section):
