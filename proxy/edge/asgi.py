@@ -8,8 +8,8 @@ and does not exist without admin keys.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
+from random import Random
 from typing import Any, Final, Literal
 
 from proxy.edge.auth import AdminKeys, refuse_pages
@@ -21,6 +21,7 @@ from proxy.pipeline import Pipeline
 from proxy.types import Headers
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
+_random: Final = Random().randbytes  # noqa: S311 - names, not secrets; the system's source costs a call each time
 Readiness = Literal["ok", "starting", "draining"]
 
 SILENCE_SECONDS: Final = 10.0
@@ -54,7 +55,7 @@ class Gateway:
         max_body_bytes: int,
         own_port: bool,
         clock: Callable[[], float],
-        random: Callable[[int], bytes] = os.urandom,
+        random: Callable[[int], bytes] = _random,
         silence: float = SILENCE_SECONDS,
     ) -> None:
         """`own_port`: metrics and administration are served elsewhere; here only the health of the process."""
@@ -107,7 +108,8 @@ class Side:
 
         `metrics_open`: no key needed (on loopback, then with the checks of keyless mode unless `any_host`).
         `admin` builds the administration's application at its first request."""
-        self.readiness: Readiness = "starting"
+        self.readiness: _random: Final = Random().randbytes  # noqa: S311 - names, not secrets; the system's source costs a call each time
+Readiness = "starting"
         self._metrics = metrics
         self._metrics_type = metrics_type.encode()
         self._admin_keys = admin_keys
@@ -154,8 +156,8 @@ async def _answer(
     headers: Headers = [
         (b"content-type", content_type),
         (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", request_id(sent.get(b"x-request-id"), os.urandom).encode()),
-        (b"traceparent", traceparent(sent.get(b"traceparent"), os.urandom).encode()),
+        (b"x-request-id", request_id(sent.get(b"x-request-id"), _random).encode()),
+        (b"traceparent", traceparent(sent.get(b"traceparent"), _random).encode()),
         *(extra or []),
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from proxy.errors import InvalidKey, OriginNotAllowed
 from proxy.types import Call, Headers, Tenant
@@ -76,6 +77,7 @@ def refuse_pages(headers: Headers, *, any_host: bool) -> None:
             )
 
 
+@lru_cache(maxsize=256)
 def is_loopback_host(value: bytes) -> bool:
     """Whether a Host header names this machine's loopback: `localhost`, `127.x.y.z`, `[::1]`, with or without port."""
     host = value.decode("latin-1").strip().lower()

@@ -92,6 +92,8 @@ class Exchange:
         self._committed = False
         self._streaming = False
         self._complete = False
+        self._left: int | None = None
+        """Bytes of the body still to come, where its length was announced."""
         self._late: int | None = None
         self._bytes_in = 0
         self._bytes_out = 0
@@ -214,9 +216,7 @@ class Exchange:
         if stream:
             self._streaming = True
             headers = _STREAM_HEADERS + [header for header in headers if header[0] != b"content-type"]
-        elif length is not None:
-            headers.append((b"content-length", b"%d" % length))
-        await self._commit(status, headers)
+        await self._commit(status, headers, length)
 
     async def write(self, event: Event) -> None:
         if self._beating is not None:
@@ -248,9 +248,10 @@ class Exchange:
 
     # --- bytes out --------------------------------------------------------------------------------------------------
 
-    async def _commit(self, status: int, headers: Headers) -> None:
+    async def _commit(self, status: int, headers: Headers, length: int | None = None) -> None:
         self._committed = True
         self._status = status
+        self._left = length
         own: Headers = [(b"x-request-id", self._request_id.encode()), (b"traceparent", self._traceparent.encode())]
         record = self.record
         if record.provider:
@@ -264,16 +265,23 @@ class Exchange:
             own.append((b"x-breakwater-usage-total", b"%d" % record.usage.total))
         if record.warnings:
             own.append((b"x-breakwater-warnings", _header_text("; ".join(record.warnings))))
+        if length is not None:
+            own.append((b"content-length", b"%d" % length))
         await self._send({"type": "http.response.start", "status": status, "headers": own + headers})
 
     async def _body(self, data: bytes) -> None:
         self._bytes_out += len(data)
         self._last_write = self._service.clock()
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if self._left is not None:
+            self._left -= len(data)
+            self._complete = self._left == 0
+        await self._send({"type": "http.response.body", "body": data, "more_body": not self._complete})
 
     async def _end(self) -> None:
         if self._beating is not None:
             await self._beat_done(self._beating)
+        if self._complete:
+            return
         self._complete = True
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -283,10 +291,8 @@ class Exchange:
         self._error_code = error.code
         if not self._committed:
             body = envelope(error)
-            headers: Headers = [_JSON, (b"content-length", b"%d" % len(body)), *error.headers]
-            await self._commit(error.status, headers)
+            await self._commit(error.status, [_JSON, *error.headers], len(body))
             await self._body(body)
-            await self._end()
         elif self._streaming:
             if not isinstance(error, StreamInterrupted):
                 self._status = error.status
@@ -376,4 +382,6 @@ class Exchange:
 
 def _header_text(text: str) -> bytes:
     """Text of a provider or a client as a header value: one line of printable ASCII."""
+    if len(text) <= 256 and text.isascii() and text.isprintable():
+        return text.encode()
     return "".join(c if " " <= c <= "~" else "?" for c in text[:256]).encode()
