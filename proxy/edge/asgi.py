@@ -108,8 +108,7 @@ class Side:
 
         `metrics_open`: no key needed (on loopback, then with the checks of keyless mode unless `any_host`).
         `admin` builds the administration's application at its first request."""
-        self.readiness: _random: Final = Random().randbytes  # noqa: S311 - names, not secrets; the system's source costs a call each time
-Readiness = "starting"
+        self.readiness: Readiness = "starting"
         self._metrics = metrics
         self._metrics_type = metrics_type.encode()
         self._admin_keys = admin_keys
