@@ -16,7 +16,7 @@ from proxy.edge.auth import AdminKeys, refuse_pages
 from proxy.edge.exchange import Exchange, Service
 from proxy.edge.headers import request_id, traceparent
 from proxy.errors import InvalidKey, MethodNotAllowed, NotFound, ProxyError, envelope
-from proxy.observability.events import Bus
+from proxy.observability.events import Bus, ServerDraining
 from proxy.pipeline import Pipeline
 from proxy.types import Headers
 
@@ -62,6 +62,8 @@ class Gateway:
         self.side = side
         self.service = Service(pipeline, bus, max_in_flight, max_body_bytes, clock, random, silence)
         self._live = self.service.live
+        self.interrupted = 0
+        """Requests that a shutdown ended before they were done."""
         self._own_port = own_port
 
     @property
@@ -83,12 +85,14 @@ class Gateway:
     def begin_drain(self) -> None:
         """From now on not ready: new requests are still served, but nobody should send more."""
         self.side.readiness = "draining"
+        self.service.bus.emit(ServerDraining(in_flight=self.in_flight))
 
     async def interrupt_all(self) -> None:
         """Ends what still runs: streams with an error event, the rest with 503. Returns when all have ended."""
-        tasks = [exchange.interrupt_and_wait() for exchange in list(self._live)]
-        if tasks:
-            await asyncio.gather(*tasks)
+        running = list(self._live)
+        self.interrupted += len(running)
+        if running:
+            await asyncio.gather(*[exchange.interrupt_and_wait() for exchange in running])
 
 
 class Side:
