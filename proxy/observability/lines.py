@@ -22,6 +22,7 @@ LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical"
 _MAX_ITEMS: Final = 16
 _MEMORY: Final = 1024
 _MAX_NAME: Final = 128
+_MAX_GLANCE: Final = 2048
 
 # JSON escapes the controls below the blank. These it passes: delete, the C1 controls (some terminals obey them), the
 # separators and marks that break or turn a line, and lone surrogates, which UTF-8 cannot carry.
@@ -50,7 +51,7 @@ class Lines:
         return f"{self._stamp}.{int((now - second) * 1000):03d}Z"
 
     def is_safe(self, text: str) -> bool:
-        return text.isprintable() and self.scrubber.is_clean(text)
+        return len(text) <= _MAX_GLANCE and text.isprintable() and self.scrubber.is_clean(text)
 
     def are_safe(self, names: tuple[str, ...]) -> bool:
         """The same for a set of names that comes again and again: answered from memory, of bounded size."""

@@ -21,7 +21,7 @@ from proxy.observability.events import (
     ServerStarted,
     ServerStopped,
 )
-from proxy.observability.lines import LEVELS, Lines, printable
+from proxy.observability.lines import LEVELS, MAX_LINE, Lines, printable
 from proxy.observability.scrub import Scrubber
 from proxy.observability.stdlib import StdlibLog
 from proxy.observability.writer import LineWriter
@@ -191,7 +191,7 @@ class FriendlyLog:
         at = time.strftime("%H:%M:%S", time.localtime(self._now()))
         if self._colour:
             at, mark = f"\x1b[{_GREY}m{at}\x1b[0m", f"\x1b[{colour}m{mark}\x1b[0m"
-        rows = "\n    ".join([printable(self._scrubber.scrub_text(row)) for row in (text, *(more or ()))])
+        rows = "\n    ".join([printable(self._scrubber.scrub_text(row, MAX_LINE)) for row in (text, *(more or ()))])
         self._writer.write(f"{at}  {mark}  {rows}\n".encode("utf-8", "replace"))
 
 

@@ -94,6 +94,9 @@ class Scrubber:
         if isinstance(value, Mapping):
             return {self._name(key): self._member(key, member, depth - 1) for key, member in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
+            if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str | bytes):
+                # A header, perhaps. Text of two words is judged like one: better too much than a key.
+                return [self._name(value[0]), self._member(value[0], value[1], depth - 1)]
             return [self._value(member, depth - 1) for member in value]
         return f"<{type(value).__name__}>"
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from proxy.observability import tracebacks
-from proxy.observability.lines import LEVELS, Lines, printable
+from proxy.observability.lines import LEVELS, MAX_LINE, Lines, printable
 from proxy.observability.writer import LineWriter
 
 _log = logging.getLogger("breakwater")
@@ -57,7 +57,7 @@ class StdlibLog(logging.Handler):
         scrub = self._lines.scrubber.scrub_text
         at = time.strftime("%H:%M:%S", time.localtime(record.created))
         head = f"{at}  {_level(record.levelno)}  {record.name}: {message}"
-        return ("\n    ".join([printable(scrub(row)) for row in (head, *trace.splitlines())]) + "\n").encode()
+        return ("\n    ".join([printable(scrub(row, MAX_LINE)) for row in (head, *trace.splitlines())]) + "\n").encode()
 
     def install(self, level: int) -> None:
         root = logging.getLogger()

@@ -87,6 +87,7 @@ SHAPED = [
 
 NAMED = [
     _in("env assignment", "OPENAI_API_KEY={}"),
+    _in("json list", '"api_keys": ["{}", "x"]'),
     _in("yaml", "api_key: {}"),
     _in("json", '{{"apiKey": "{}", "n": 1}}'),
     _in("python dict", "{{'password': '{}', 'user': 'bob'}}"),
