@@ -143,7 +143,7 @@ class Vocabularies:
                 self._fail(name, future, error)
         if future.done():
             return future.result()
-        return await asyncio.shield(asyncio.wrap_future(future))
+        return await asyncio.wrap_future(future)
 
     def _claim(self, name: str) -> tuple[Future[Vocabulary], bool]:
         with self._lock:

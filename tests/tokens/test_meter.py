@@ -57,7 +57,7 @@ CHAT = [
     delta(content="ld"),
     delta(1, content="related"),
     delta(reasoning_content="think", reasoning="think"),
-    delta(reasoning="ing"),
+    delta(reasoning="ing about lighthouses"),
     call(0, name="get_weather", arguments=""),
     call(1, name="noop", arguments="{"),
     call(0, arguments='{"city":'),
@@ -66,7 +66,7 @@ CHAT = [
     {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]},
     {"choices": [], "usage": None},
 ]
-CHAT_TEXTS = ("Hello world", "Unrelated", "thinking", "get_weather", '{"city":"Ulm"}', "noop", "{}")
+CHAT_TEXTS = ("Hello world", "Unrelated", "thinking about lighthouses", "get_weather", '{"city":"Ulm"}', "noop", "{}")
 
 RESPONSES = [
     {"type": "response.created", "response": {"id": "r", "output": []}},

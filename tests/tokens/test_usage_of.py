@@ -96,6 +96,7 @@ FULL = Usage(100, 20, cache_read=64, cache_write=16, reasoning=8)
             Usage(115, 9, cache_read=100, cache_write=10),
             id="anthropic",
         ),
+        pytest.param({**RESPONSES, "cache_read_input_tokens": 64}, FULL, id="responses with both kinds of details"),
         pytest.param(
             {
                 "prompt_tokens": 30,
