@@ -44,7 +44,7 @@ def run(host: str, port: int) -> None:
         flags = {"listen.host": host, "listen.port": port, "listen.drain_ms": _DRAIN_MS, "listen.grace_ms": _GRACE_MS}
         loaded = read(file, os.environ, flags)
     refuse_open_door(loaded, insecure=False)
-    scrubber = Scrubber(loaded.settings.secrets())
+    scrubber = Scrubber(loaded.settings.secrets(), texts=loaded.settings.observability.scrub_secrets)
     logging = setup_logging(sys.stderr, scrubber, "warning", plain=True)
     log = FriendlyLog(logging.writer, scrubber, colour=wants_colour(sys.stderr, dict(os.environ)))
     serve(loaded, scrubber, logging, log, on_listening=lambda at, on: print(_welcome(at, on, real), flush=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import sys
@@ -19,6 +20,7 @@ from proxy.edge.server import run as run_loop
 from proxy.observability.events import Bus, ServerStarted, ServerStopped, Subscriber
 from proxy.observability.logs import JsonLog, Logging, setup_logging
 from proxy.observability.scrub import Scrubber
+from proxy.observability.stdlib import log_loop_error
 from proxy.providers.mock.script import ScriptError
 
 
@@ -28,7 +30,7 @@ def run(config: Path, host: str | None, port: int | None, insecure: bool) -> Non
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     refuse_open_door(loaded, insecure)
-    scrubber = Scrubber(loaded.settings.secrets())
+    scrubber = Scrubber(loaded.settings.secrets(), texts=loaded.settings.observability.scrub_secrets)
     logging = setup_logging(sys.stderr, scrubber)
     serve(loaded, scrubber, logging, JsonLog(logging.writer, scrubber), insecure=insecure)
 
@@ -83,6 +85,7 @@ async def _serve(
     on_listening: Callable[[str, int], None],
 ) -> None:
     settings = loaded.settings
+    asyncio.get_running_loop().set_exception_handler(log_loop_error)
     started = time.monotonic()
     bus = Bus()
     bus.subscribe(log)

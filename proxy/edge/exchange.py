@@ -345,7 +345,8 @@ class Exchange:
                 )
             )
             return
-        upstream = record.upstream_ended - record.upstream_started if record.attempts else 0.0
+        duration = ended - self._started
+        upstream = record.upstream_ended - record.upstream_started if record.attempts else None
         streamed = record.stream and record.first_event
         self._service.bus.emit(
             RequestFinished(
@@ -359,8 +360,8 @@ class Exchange:
                 upstream_request_id=record.upstream_request_id,
                 status=self._status,
                 stream=record.stream,
-                duration=ended - self._started,
-                overhead=max(ended - self._started - upstream, 0.0),
+                duration=duration,
+                overhead=max(duration - (upstream or 0.0), 0.0),
                 upstream_duration=upstream,
                 time_to_first_token=record.first_event - self._started if streamed else None,
                 usage=record.usage,
