@@ -1,22 +1,18 @@
-"""The HTTP/1.1 protocol of the listener: uvicorn's, with bounds on everything a client can make us hold or wait for.
+"""The HTTP/1.1 protocol of the listener: uvicorn's connection and response, with our own reader in front of them.
 
-A connection is in one of four phases::
-
-            first byte            head complete          body complete
-    IDLE ───────────────▶ HEAD ─────────────────▶ BODY ─────────────────▶ IDLE
-                            │                       │
-                            └──── refusal ──────────┴──▶ DEAF: what still comes is read and thrown away
-
-Two rules make the rest follow:
+Three rules make the rest follow:
 
 - **Reading does not stop while a request runs**, but for a body that its own task has not taken yet: only from a
   socket that is read do we learn that the client has left. What may queue up meanwhile is bounded (`PIPELINED`
   requests, each with a body of at most `HIGH_WATER_LIMIT`); beyond that the connection answers what it has, and closes.
-- **Answers keep their order.** A refusal waits for the answers to earlier requests of its connection. After it we
-  read on for `LINGER_SECONDS`: to close on unread bytes sends a reset, which can destroy the answer on its way.
+- **Answers keep their order.** A refusal waits for the answers to earlier requests of its connection. After the last
+  answer we are *deaf*: we read on for `LINGER_SECONDS` and throw away what comes, for to close on unread bytes sends
+  a reset, which can destroy the answer on its way.
+- **A request that comes in one piece touches no clock.** The connection's one timer is set when a read ends within
+  a message.
 
-A request that arrives in one piece touches no clock: the connection's one timer is set only when a read ends within
-a message.
+Of a request that is refused before its task has begun, the application hears nothing, and `refused` is called; a
+running one is told through its `Connection`.
 """
 
 from __future__ import annotations
@@ -25,27 +21,17 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
-import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from proxy.edge.connection import Connection, LostReason
-from proxy.edge.head import WATCHED, ChunkAudit, Limits, head_size, judge
-from proxy.edge.refusals import (
-    BODY_TIMEOUT,
-    BODY_TOO_LARGE,
-    CHUNK_FRAMING,
-    HEAD_TIMEOUT,
-    HEAD_TOO_LARGE,
-    MALFORMED,
-    TOO_MANY_HEADERS,
-    render,
-)
+from proxy.edge.head import Limits, Target
+from proxy.edge.reader import BODY, HEAD, IDLE, Reader, Stop
+from proxy.edge.refusals import BODY_TIMEOUT, BODY_TOO_LARGE, CHUNK_FRAMING, HEAD_TIMEOUT, render
 from proxy.edge.watch import NEVER, Watch
 from proxy.errors import ProxyError
-from proxy.types import Headers
 
 OnRefused = Callable[[int, str], None]
 """Called with (status, code) for each request that was refused before the application heard of it."""
@@ -54,30 +40,20 @@ PIPELINED: Final = 32
 """Requests that may wait behind the running one."""
 LINGER_SECONDS: Final = 2.0
 
-IDLE, HEAD, BODY, DEAF = range(4)
-
-
-class _Stop(Exception):
-    """Leaves the parser from within one of its callbacks."""
+_ASGI: Final[Any] = {"version": "3.0", "spec_version": "2.3"}
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection. `_Stop` never leaves it: the parser turns it into an error of its own."""
+    """One connection."""
 
     __slots__ = (
-        "_audit",
-        "_begun",
-        "_body_bytes",
         "_connection",
+        "_deaf",
         "_entered",
         "_extensions",
-        "_fault",
-        "_head_more",
         "_limits",
-        "_named",
         "_pending",
-        "_phase",
-        "_read",
+        "_reader",
         "_refused",
         "_running",
         "_watch",
@@ -95,34 +71,30 @@ class GuardedProtocol(HttpToolsProtocol):
         refused: OnRefused,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.parser = None  # type: ignore[assignment]  # the reader has one
+        self._reader = Reader(self, limits)
+        self._watch = Watch(self.loop, self._due)
         self._limits = limits
         self._refused = refused
         self._wrapped: Callable[[Any, Any, Any], Awaitable[None]] = self.app
         self.app = self._enter
-        self._watch = Watch(self.loop, self._due)
-        self._phase = IDLE
         self._running: RequestResponseCycle | None = None
         self._entered = False  # the application has heard of it
-        self._fault: ProxyError | None = None
+        self._deaf = False
         self._pending: ProxyError | None = None  # to be sent after the answers that are due before it
-        self._named: Headers = []
-        self._audit: ChunkAudit | None = None
-        self._read = 0  # bytes of the read in hand
-        self._begun = 0  # messages that began in it
-        self._head_more = 0  # bytes of the later reads of a head that did not come in one
-        self._body_bytes = 0
 
     # --- the transport's side ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._connection = Connection(transport)
-        self._extensions = {"breakwater": self._connection}
+        self._extensions: Any = {"breakwater": self._connection}
         self._watch.within(self._limits.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._phase = DEAF
+        self._deaf = True
         self._watch.close()
+        self._reader.close()
         self.pipeline.clear()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
@@ -134,126 +106,97 @@ class GuardedProtocol(HttpToolsProtocol):
             self._connection.lose("gone")
 
     def data_received(self, data: bytes) -> None:
-        phase = self._phase
-        if phase == DEAF:
+        if self._deaf:
             return
-        self._read = len(data)
-        self._begun = 0
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserError:
-            if self._phase != DEAF:
-                self._refuse(self._fault or MALFORMED)
-            return
-        if self._audit is not None:
-            self._check_chunks(phase)
-        if self._phase != IDLE:
-            self._await_rest(phase)
-
-    def _await_rest(self, phase: int) -> None:
-        """The read ended within a message: bounds the head so far, and the time for what is missing."""
-        if self._phase == HEAD:
-            if phase == HEAD and self._begun == 0:
-                self._head_more += self._read
-            if self._head_more > self._limits.head_bytes:
-                self._refuse_head(HEAD_TOO_LARGE)
-            elif len(self.headers) > self._limits.header_count:
-                self._refuse_head(TOO_MANY_HEADERS)
-            elif self._watch.deadline == NEVER:
+        reader = self._reader
+        fault = reader.feed(data)
+        if fault is not None:
+            if not self._deaf:
+                self._refuse(fault)
+        elif reader.phase != IDLE and self._watch.deadline == NEVER:
+            if reader.phase == HEAD:
+                self._unset_keepalive_if_required()
                 self._watch.within(self._limits.head_seconds)
-        elif self._phase == BODY and self._watch.deadline == NEVER:
-            self._watch.within(self._limits.body_seconds)
-
-    def _check_chunks(self, phase: int) -> None:
-        """A read with bytes of several messages is let by, bounded as it is: only the parser knows where they meet."""
-        assert self._audit is not None
-        mixed = self._begun > (1 if phase == IDLE else 0)
-        if not mixed and self._audit.exceeded(self._read, self._body_bytes):
-            self._refuse_body(CHUNK_FRAMING, "malformed")
-        if self._phase != BODY:
-            self._audit = None
+            else:
+                self._watch.within(self._limits.body_seconds)
 
     def _due(self) -> None:
-        if self._phase == HEAD:
-            self._refuse_head(HEAD_TIMEOUT)
-        elif self._phase == BODY and self.flow.read_paused:
-            self._watch.within(self._limits.body_seconds)
-        elif self._phase == BODY:
-            self._refuse_body(BODY_TIMEOUT, "body_timeout")
-        elif self._phase == IDLE:
-            self.transport.close()  # nothing was asked, nothing is answered
-        else:
+        phase = self._reader.phase
+        if self._deaf:
             self.transport.abort()
+        elif phase == HEAD:
+            self._refuse_head(HEAD_TIMEOUT)
+        elif phase == BODY and self.flow.read_paused:
+            self._watch.within(self._limits.body_seconds)
+        elif phase == BODY:
+            self._refuse_body(BODY_TIMEOUT, "body_timeout")
+        else:
+            self.transport.close()  # nothing was asked, nothing is answered
 
-    # --- the parser's side ------------------------------------------------------------------------------------------
+    # --- the reader's side ------------------------------------------------------------------------------------------
 
-    def on_message_begin(self) -> None:
+    def begin(self, method: str, version: str, target: Target, keep_alive: bool) -> None:
         if len(self.pipeline) >= PIPELINED:
             self._stop_after(self.cycle)
-        super().on_message_begin()
-        self.scope["extensions"] = self._extensions  # type: ignore[typeddict-item]
-        self._phase = HEAD
-        self._begun += 1
-        self._head_more = 0
-        self._named = []
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase == BODY:
-            return  # a trailer: nobody here reads one, and it must never pass for a header
-        name = name.lower()
-        if name in WATCHED:
-            self._named.append((name, value))
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
-        self.headers.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        limits = self._limits
-        if len(self.headers) > limits.header_count:
-            self._stop(TOO_MANY_HEADERS)
-        in_one_read = self._head_more == 0 and self._read <= limits.head_bytes
-        if not in_one_read and head_size(self.url, self.headers) > limits.head_bytes:
-            self._stop(HEAD_TOO_LARGE)
-        fault = judge(self.url, self._named, self.parser.get_http_version(), limits)
-        if fault is not None:
-            self._stop(fault)
-        if self.parser.should_upgrade():
-            self._stop(MALFORMED)  # CONNECT: what follows it is not HTTP
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
-        super().on_headers_complete()
-        if self.pipeline:
-            self.flow.resume_reading()
-        self._phase = BODY
         self._watch.deadline = NEVER
-        self._body_bytes = 0
-        self._audit = None
-        for name, _ in self._named:
-            if name == b"transfer-encoding":
-                self._audit = ChunkAudit(head_size(self.url, self.headers))
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
+        reader = self._reader
+        self.scope = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": version,
+            "method": method,
+            "scheme": self.scheme or "http",
+            "path": target.path,
+            "raw_path": target.raw,
+            "query_string": target.query,
+            "root_path": "",
+            "headers": reader.headers,
+            "client": self.client,
+            "server": self.server,
+            "extensions": self._extensions,
+        }
+        cycle = self.cycle = RequestResponseCycle(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=reader.expects_continue,
+            keep_alive=keep_alive,
+            on_response=self.on_response_complete,
+        )
+        if self._running is None or self._running.response_complete:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.pipeline.appendleft((cycle, self.app))
 
-    def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
-        if self._body_bytes > self._limits.body_bytes:
-            self._stop(BODY_TOO_LARGE)
-        if self._body_bytes > HIGH_WATER_LIMIT and self.cycle is not self._running:
-            # To let it wait would mean to stop reading, and then to miss that the client has left.
-            self.pipeline.popleft()
-            self._stop_after(self.pipeline[0][0] if self.pipeline else self._running)
-        super().on_body(body)
+    def body(self, data: bytes) -> None:
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += data
+        cycle.message_event.set()
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            if cycle is not self._running:
+                # To let it wait would mean to stop reading, and then to miss that the client has left.
+                self.pipeline.popleft()
+                self._stop_after(self.pipeline[0][0] if self.pipeline else self._running)
+            self.flow.pause_reading()
 
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
+    def complete(self) -> None:
+        self._watch.deadline = NEVER
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
         # A large body may have paused reading, and its task need not come to take more.
-        self.flow.resume_reading()
-        self._phase = IDLE
-        self._watch.deadline = NEVER
-
-    def _stop(self, fault: ProxyError) -> NoReturn:
-        self._fault = fault
-        raise _Stop
+        if self.flow.read_paused:
+            self.flow.resume_reading()
 
     def _stop_after(self, last: RequestResponseCycle | None) -> NoReturn:
         """Serves no request after `last`, whose answer closes the connection. Never harmful: clients ask again."""
@@ -261,7 +204,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._turn_deaf()
         self.cycle = last
         last.keep_alive = False
-        raise _Stop
+        raise Stop
 
     # --- the application's side -------------------------------------------------------------------------------------
 
@@ -289,7 +232,7 @@ class GuardedProtocol(HttpToolsProtocol):
     # --- refusals ---------------------------------------------------------------------------------------------------
 
     def _refuse(self, error: ProxyError) -> None:
-        if self._phase == BODY:
+        if self._reader.phase == BODY or error is CHUNK_FRAMING:
             self._refuse_body(error, "too_large" if error is BODY_TOO_LARGE else "malformed")
         else:
             self._refuse_head(error)
@@ -328,16 +271,16 @@ class GuardedProtocol(HttpToolsProtocol):
             self._answer(error)
 
     def _answer(self, error: ProxyError) -> None:
-        self.transport.write(render(error, self.server_state.default_headers, self.headers or []))
+        self.transport.write(render(error, self.server_state.default_headers, self._reader.headers))
         self._linger()
 
     def _turn_deaf(self) -> None:
-        self._phase = DEAF
+        self._deaf = True
         self._watch.deadline = NEVER
         self.flow.resume_reading()
 
     def _linger(self) -> None:
-        """Says that nothing more comes, and reads on for a while."""
+        """Says that nothing more comes, and waits for the client to close, for a while."""
         self._watch.within(LINGER_SECONDS)
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -11,7 +11,7 @@ that could mean two things is refused, never repaired:
 - no `Upgrade` in any form: nothing here speaks another protocol;
 - no name with an underscore that a CGI-like reader would take for a header that matters (`content_length`).
 
-A verdict is None (let it pass) or the error to answer with.
+A verdict is what the target means, or the error to answer with.
 """
 
 from __future__ import annotations
@@ -56,6 +56,15 @@ class Limits:
     """How long a connection may rest after an answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request asks for: the decoded path, and path and query as sent."""
+
+    path: str
+    raw: bytes
+    query: bytes
+
+
 _TWINS: Final = frozenset(
     name.replace(b"-", b"_")
     for name in (
@@ -85,7 +94,7 @@ _FRAMING_BYTES: Final = 16_384
 _FRAMING_RATIO: Final = 8  # one-byte chunks need five
 
 
-def judge(target: bytes, named: Headers, version: str, limits: Limits) -> ProxyError | None:
+def judge(target: bytes, named: Headers, version: str, limits: Limits) -> Target | ProxyError:
     """Verdict on a head. `named`: the fields in `WATCHED`, lower-case names, in order. `version`: such as `1.1`."""
     host: bytes | None = None
     length: bytes | None = None
@@ -94,7 +103,7 @@ def judge(target: bytes, named: Headers, version: str, limits: Limits) -> ProxyE
         if name == b"host":
             if host is not None:
                 return HOST_COUNT
-            host = value.strip()
+            host = value
         elif name == b"content-length":
             if length is not None:
                 return FRAMING
@@ -120,18 +129,19 @@ def judge(target: bytes, named: Headers, version: str, limits: Limits) -> ProxyE
         return BODY_TOO_LARGE
     if len(target) > limits.url_bytes:
         return URL_TOO_LONG
-    return _judge_known(target) if len(target) <= _CACHED_BYTES else judge_target(target)
+    return _read_known(target) if len(target) <= _CACHED_BYTES else read_target(target)
 
 
 @lru_cache(maxsize=256)
 def _is_host(host: bytes) -> bool:
-    return _HOST.fullmatch(host) is not None
+    return _HOST.fullmatch(host.strip()) is not None
 
 
-def judge_target(target: bytes) -> ProxyError | None:
+def read_target(target: bytes) -> Target | ProxyError:
+    """Splits and decodes an origin-form target."""
     if target[:1] != b"/" or target[:2] == b"//" or b"#" in target:
         return NOT_ORIGIN_FORM
-    raw = target.partition(b"?")[0]
+    raw, _, query = target.partition(b"?")
     if _BAD_ESCAPE.search(raw):
         return AMBIGUOUS_PATH
     try:
@@ -143,10 +153,10 @@ def judge_target(target: bytes) -> ProxyError | None:
     # `/..;x/` is a dot segment to servers that know path parameters.
     if any(segment.partition(";")[0] in (".", "..") for segment in path.split("/")):
         return AMBIGUOUS_PATH
-    return None
+    return Target(path, raw, query)
 
 
-_judge_known = lru_cache(maxsize=1024)(judge_target)  # clients ask for a handful of targets, over and over
+_read_known = lru_cache(maxsize=1024)(read_target)  # clients ask for a handful of targets, over and over
 
 
 def head_size(target: bytes, headers: Headers) -> int:
