@@ -9,9 +9,6 @@ Everything here runs synchronously in the event loop's callbacks; the only suspe
 An exchange ends exactly once, in `_end`, where connection and response let go of each other: later bytes cannot reach
 an old response, nor can an old response touch the next exchange.
 
-Time: one timer per connection, set for the deadline that a reader waits for. Deadlines mostly move away, so the timer
-stays where it is and looks again when it fires; only a nearer deadline sets it anew.
-
 Flow: reading stops while more than `_BUFFER` bytes wait for a reader. A large request body is written slice by slice as
 the socket takes it, while the answer may already be coming in.
 
@@ -28,6 +25,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from proxy.errors import ProxyError, UpstreamBroken, UpstreamTimeout
 from proxy.transport.framing import Framing, ends_exactly, framing
+from proxy.transport.lazytimer import LazyTimer
 from proxy.transport.pool import Pool
 from proxy.transport.response import Http1Response
 from proxy.types import Headers
@@ -39,7 +37,6 @@ _SLICE = 256 * 1024
 _MAX_HEADERS = 200
 _STALE_WITHIN = 1.0
 """Seconds after sending in which the death of a re-used connection is put down to the idle time before."""
-_RECHECK = 86400.0
 _VERSION = b"HTTP/1."
 
 
@@ -55,7 +52,6 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_begun",
-        "_deadline",
         "_done",
         "_dry",
         "_framing",
@@ -73,7 +69,6 @@ class Connection(asyncio.Protocol):
         "_reused",
         "_sent_at",
         "_timer",
-        "_timer_at",
         "_transport",
         "_unread",
         "_unsent",
@@ -92,8 +87,8 @@ class Connection(asyncio.Protocol):
         self._response: Http1Response | None = None
         self._headers: Headers = []
         self._pieces: list[bytes] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = self._deadline = self._sent_at = self.idle_since = 0.0
+        self._timer = LazyTimer(loop, self._timed_out)
+        self._sent_at = self.idle_since = 0.0
         self._unsent: memoryview | None = None
         self._reused = self._read_paused = self._write_paused = False
 
@@ -103,9 +98,7 @@ class Connection(asyncio.Protocol):
         return not self._transport.is_closing()
 
     def abort(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
         self._transport.abort()
 
     def start(self, response: Http1Response, head: bytes, body: bytes) -> None:
@@ -130,9 +123,7 @@ class Connection(asyncio.Protocol):
 
     def waiter(self, deadline: float) -> asyncio.Future[None]:
         """A future that is done when there is something new for the response, its failure at `deadline` included."""
-        self._deadline = deadline
-        if self._timer is None or deadline < self._timer_at:
-            self._set_timer()
+        self._timer.set(deadline)
         return self._loop.create_future()
 
     def drained(self) -> None:
@@ -199,9 +190,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.discard(self)
         self._lost("closed" if exc is None else "reset")
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -221,7 +210,7 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         if name == b"transfer-encoding" and b"\t" in value:
-            raise _Refused  # the parser does not know `chunked` by a tab, and would hand out the chunks' framing as body
+            raise _Refused  # the parser overlooks `chunked` before a tab, and would hand out the chunks unparsed
         self._headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
@@ -317,18 +306,7 @@ class Connection(asyncio.Protocol):
             rest = rest[_SLICE:]
         self._unsent = rest or None
 
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = min(self._deadline, self._loop.time() + _RECHECK)  # a loop may refuse infinity
-        self._timer = self._loop.call_at(self._timer_at, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
+    def _timed_out(self) -> None:
         response = self._response
-        if response is None or not response.waiting():
-            return
-        if self._loop.time() < self._deadline:
-            self._set_timer()
-        else:
+        if response is not None and response.waiting():
             self.fail(UpstreamTimeout("The upstream sent nothing in time."))

@@ -99,6 +99,10 @@ class Server:
     def origin(self) -> Origin:
         return Origin(self.scheme, "localhost" if self.scheme == "https" else "127.0.0.1", self.port)
 
+    @property
+    def origin_url(self) -> str:
+        return f"{self.scheme}://{self.origin.host}:{self.port}"
+
     def request(self, method: bytes = b"POST", body: bytes = b"{}", **more: Any) -> Request:
         return Request(
             self.origin, method, b"/v1/x?y=%20z", [(b"x-a", b"b")], body if method == b"POST" else b"", **more

@@ -21,7 +21,7 @@ from tests.transport.servers import Peer, Script, Server, serve
 pytestmark = pytest.mark.anyio
 
 LONG = bool(os.environ.get("BREAKWATER_FAULTS"))
-SECONDS = 60.0 if LONG else 3.0
+SECONDS = 60.0 if LONG else 2.0
 REQUESTS = {"http1": 100_000 if LONG else 3_000, "httpx": 20_000 if LONG else 1_000}
 WORKERS = 40
 SLOTS = 10

@@ -272,8 +272,6 @@ async def test_tls_close_delimited(
     make: MakeTransport, adapter: str, serving: ssl.SSLContext, *, notified: bool
 ) -> None:
     """Without TLS's own goodbye a body that ends by closing may have been cut by anybody."""
-    if adapter == "httpx" and not notified:
-        pytest.skip("the library does not tell the two ends apart")
 
     async def script(peer: Peer) -> None:
         await peer.request()
@@ -286,7 +284,7 @@ async def test_tls_close_delimited(
 
     async with serve(script, tls=serving) as server:
         response = await make().send(server.request(), soon())
-        if notified:
+        if notified or adapter == "httpx":  # whose library does not tell the two ends apart
             assert await body_of(response) == b"hello"
         else:
             with pytest.raises(UpstreamBroken):
@@ -424,16 +422,19 @@ async def test_bad_framing(make: MakeTransport, reply: bytes) -> None:
 @pytest.mark.parametrize("together", [True, False])
 async def test_surplus_is_never_an_answer(make: MakeTransport, reply: bytes, surplus: bytes, *, together: bool) -> None:
     """Bytes after a complete response: it is delivered, and its connection is not used again."""
+    sent = asyncio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(*([reply + surplus] if together else [reply, surplus]))
+        sent.set()
         await peer.gone()
 
     transport = make(max_connections=1)
     async with serve(script) as server:
         first = await fetch(transport, server.request())
-        await asyncio.sleep(0.01)
+        await sent.wait()
+        await until(lambda: transport.stats().idle == 0)  # seen, where the adapter tells
         assert await fetch(transport, server.request()) == first
         assert [request.connection for request in server.requests] == [0, 1]
 
@@ -498,12 +499,13 @@ async def test_an_answer_before_the_request_is_sent(make: MakeTransport, adapter
         await asyncio.sleep(0.02)
         getattr(peer, end)()
 
-    if adapter == "httpx":
-        pytest.skip("the library does not read while it writes")
     transport = make(max_connections=1)
     async with serve(script) as server:
         for _ in range(2):
-            assert await fetch(transport, server.request(body=b"x" * 20_000_000)) == (413, b"hello")
+            try:
+                assert await fetch(transport, server.request(body=b"x" * 20_000_000)) == (413, b"hello")
+            except UpstreamBroken:
+                assert adapter == "httpx"  # whose library does not read while it writes
         assert server.accepted == 2
 
 

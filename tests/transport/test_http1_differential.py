@@ -23,7 +23,7 @@ from proxy.transport.connection import Connection
 from proxy.transport.pool import Pool
 from proxy.transport.response import Http1Response
 
-EXAMPLES = 5_000 if os.environ.get("BREAKWATER_FAULTS") else 150
+EXAMPLES = 5_000 if os.environ.get("BREAKWATER_FAULTS") else 100
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
