@@ -10,7 +10,7 @@ import orjson
 
 from proxy.providers.mock.ask import Json, Prompt, choose, stops, tool_list, whole
 from proxy.providers.mock.compose import Choice, ToolCall, compose
-from proxy.providers.mock.draft import SSE, Draft, plain
+from proxy.providers.mock.draft import SSE, Draft, plain, sse
 from proxy.providers.mock.refusal import invalid
 from proxy.providers.mock.text import Count
 
@@ -258,4 +258,4 @@ def _stream(prompt: Prompt, kind: str, prefix: str, choices: list[Choice], delta
 
 
 def event(value: Json) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+    return sse("", orjson.dumps(value))

@@ -70,6 +70,12 @@ class Draft:
         return Answer(self.status, headers, steps, end=self.end, delay=self.delay, length=length)
 
 
+def sse(event: str, data: bytes) -> bytes:
+    """One event of a stream; without a name if `event` is empty."""
+    head = b"event: " + event.encode() + b"\n" if event else b""
+    return head + b"".join(b"data: " + line + b"\n" for line in data.split(b"\n")) + b"\n"
+
+
 def plain(body: bytes, prompt_tokens: int = 0, completion_tokens: int = 0, content_type: bytes = JSON) -> Draft:
     return Draft(content_type=content_type, pieces=[body], billed=[completion_tokens], prompt_tokens=prompt_tokens)
 

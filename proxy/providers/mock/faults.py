@@ -28,7 +28,7 @@ import orjson
 
 from proxy.providers.mock.ask import Prompt
 from proxy.providers.mock.chat import DONE
-from proxy.providers.mock.draft import Draft
+from proxy.providers.mock.draft import Draft, sse
 from proxy.providers.mock.refusal import Refusal, invalid
 from proxy.transport.answer import NEVER, End
 
@@ -132,8 +132,8 @@ def _error(draft: Draft, path: str) -> bytes:
         return orjson.dumps({"error": _ERROR})
     if path == "/v1/responses":  # the only stream whose errors are flat
         flat = {"type": "error", "sequence_number": len(draft.pieces), **{k: _ERROR[k] for k in ("message", "param")}}
-        return b"event: error\ndata: " + orjson.dumps({**flat, "code": _ERROR["code"]}) + b"\n\n"
-    return b"data: " + orjson.dumps({"error": _ERROR}) + b"\n\n"
+        return sse("error", orjson.dumps({**flat, "code": _ERROR["code"]}))
+    return sse("", orjson.dumps({"error": _ERROR}))
 
 
 def _append(draft: Draft, piece: bytes) -> None:

@@ -32,7 +32,7 @@ from proxy.types import Headers
 _MODELS: Final = ("mock-large", "mock-small", "gpt-4o-mini", "text-embedding-3-small", *faults.NAMES)
 _MOST_REMEMBERED: Final = 256
 _LONGEST_REMEMBERED: Final = 262_144
-"""Bytes of request and answer together. With the number above it bounds the memory of ready answers to 64 MiB."""
+"""Bytes that one remembered request may cost. With the number above it bounds the memory of ready answers to 64 MiB."""
 
 _Generator = Callable[[Prompt, Count], Draft]
 _GENERATORS: Final[dict[str, _Generator]] = {
@@ -207,8 +207,8 @@ class Mock:
         """Keeps an answer that depends on nothing but the request's target and body."""
         if method != b"POST" or ready.path not in _GENERATORS or self._script is not None:
             return
-        size = len(body) + sum(len(data) for _, data in ready.answer.steps)
-        if size > _LONGEST_REMEMBERED:
+        size = sum(len(data) for _, data in ready.answer.steps)
+        if len(body) + 3 * size > _LONGEST_REMEMBERED:  # a server keeps two encodings beside the steps
             return
         if len(self._ready) >= _MOST_REMEMBERED:
             del self._ready[next(iter(self._ready))]

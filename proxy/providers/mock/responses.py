@@ -9,7 +9,7 @@ import orjson
 
 from proxy.providers.mock.ask import Json, Prompt, choose, flag, tool_list, whole
 from proxy.providers.mock.compose import Choice, ToolCall, compose
-from proxy.providers.mock.draft import SSE, Draft, plain
+from proxy.providers.mock.draft import SSE, Draft, plain, sse
 from proxy.providers.mock.refusal import Refusal, invalid
 from proxy.providers.mock.text import Count
 
@@ -192,7 +192,7 @@ class _Events:
 
     def add(self, kind: str, billed: int, **members: Any) -> None:
         value = {"type": kind, "sequence_number": len(self._draft.pieces), **members}
-        self._draft.pieces.append(b"event: " + kind.encode() + b"\ndata: " + orjson.dumps(value) + b"\n\n")
+        self._draft.pieces.append(sse(kind, orjson.dumps(value)))
         self._draft.billed.append(billed)
 
 

@@ -36,7 +36,7 @@ from typing import Any, Final, TypeVar
 import orjson
 import yaml
 
-from proxy.providers.mock.draft import JSON, SSE
+from proxy.providers.mock.draft import JSON, SSE, sse
 from proxy.providers.mock.refusal import Refusal
 from proxy.providers.mock.script_steps import ALWAYS, Problem, Script, ScriptError, Step
 from proxy.transport.answer import End
@@ -69,6 +69,8 @@ def parse_script(text: bytes | str) -> Script:
 
 
 class _Reader:
+    """A method for each kind of value; each notes what is wrong and goes on with something harmless."""
+
     def __init__(self, text: bytes | str) -> None:
         self.problems: list[Problem] = []
         self._root: yaml.Node | None = None
@@ -79,7 +81,7 @@ class _Reader:
             mark = error.problem_mark
             line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
             self.problems.append(Problem(line, column, "steps", "this is not valid YAML"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
             self.problems.append(Problem(1, 1, "steps", "this is not a YAML text"))
 
     def steps(self) -> list[Step]:
@@ -143,7 +145,7 @@ class _Reader:
 
     def _event(self, node: yaml.Node, path: str) -> tuple[float, bytes]:
         if isinstance(node, yaml.ScalarNode):
-            return 0.0, _sse("", self._text(node, path).encode())
+            return 0.0, sse("", self._text(node, path).encode())
         members = self._mapping(node, path, _EVENT_KEYS)
         delay = self._read(members, path, "delay_ms", self._seconds, 0.0)
         raw = self._read(members, path, "raw", self._text, None)
@@ -159,9 +161,7 @@ class _Reader:
             return delay, b""
         data = members["data"]
         encoded = self._text(data, path).encode() if _is_text(data) else self._json(data, f"{path}.data")
-        return delay, _sse(self._read(members, path, "event", self._text, ""), encoded)
-
-    # One reader for each kind of value. Each notes what is wrong and goes on with something harmless.
+        return delay, sse(self._read(members, path, "event", self._text, ""), encoded)
 
     def _read(
         self, members: dict[str, yaml.Node], path: str, key: str, reader: Callable[[yaml.Node, str], _T], otherwise: Any
@@ -291,11 +291,6 @@ def _is_text(node: yaml.Node) -> bool:
 def _place(node: yaml.Node | None) -> tuple[int, int]:
     mark = node.start_mark if node is not None else None
     return (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
-
-
-def _sse(event: str, data: bytes) -> bytes:
-    head = b"event: " + event.encode() + b"\n" if event else b""
-    return head + b"".join(b"data: " + line + b"\n" for line in data.split(b"\n")) + b"\n"
 
 
 def _envelope(status: int) -> tuple[bytes, ...]:

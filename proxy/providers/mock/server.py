@@ -4,35 +4,28 @@ One protocol object a connection, no tasks: what a read brings is parsed and ans
 paced stream is one timer. Cheap, because it is also the upstream that a proxy is measured against: an answer is
 encoded once and kept with the answer, and a request costs one parse and one write.
 
-    idle ──request──▶ waiting (delay) ──▶ sending ──▶ idle | closing
-                          ╰── the client leaves: the tally is told how far it got ──╯
-
-A reset is a real RST: SO_LINGER 0 and abort, once the kernel has taken every byte that was to go out before it. A
-request that arrives while another is answered waits its turn, and reading pauses until it is served.
+This half reads: bounded heads and bodies, one request after another. A request that arrives while another is answered
+waits its turn; when many wait, reading pauses. `sender` is the half that answers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from collections import deque
 from typing import Final, cast
 
 import httptools
 
 from proxy.providers.mock.refusal import Refusal
+from proxy.providers.mock.sender import Sender
 from proxy.providers.mock.wire import Wire
-from proxy.transport.answer import NEVER, Answer, End, Handler, Outcome, Serving
+from proxy.transport.answer import Answer, Handler, Serving
 from proxy.types import Headers
 
 _MAX_HEAD: Final = 64 * 1024
 _MAX_HEADERS: Final = 200
 _MAX_BODY: Final = 64 * 1024 * 1024
-_MOST_QUEUED: Final = 64
-_LAST_WORDS_S: Final = 2.0
-"""How long a refused client may take to read why, before the connection is closed under what it still sends."""
-_LINGER_ZERO: Final = struct.pack("ii", 1, 0)
+_MOST_QUEUED: Final = 64  # not one: a socket that is not read does not tell that its client left
 
 _Request = tuple[bytes, bytes, Headers, bytes, bool, bool]
 """(method, target, headers, body, keep-alive, HTTP/1.0)."""
@@ -71,20 +64,19 @@ class MockServer:
 
 
 class _Connection(asyncio.Protocol):
-    """One client. States as in the module's drawing; `_serving` is None exactly while idle."""
+    """One client: reads its requests and has them answered in order."""
 
     __slots__ = (
-        "_body", "_body_size", "_connections", "_due", "_ending", "_handler", "_head_size", "_headers", "_keep",
-        "_loop", "_next", "_parser", "_paused", "_pumping", "_queue", "_reading", "_serving", "_target", "_timer",
-        "_transport", "_wire",
+        "_body", "_body_size", "_connections", "_handler", "_head_size", "_headers", "_parser", "_pumping", "_queue",
+        "_reading", "_sender", "_target", "_transport",
     )  # fmt: skip
 
     def __init__(self, handler: Handler, connections: set[_Connection]) -> None:
         self._handler = handler
         self._connections = connections
-        self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._sender: Sender = None  # type: ignore[assignment]
         self._target = b""
         self._headers: Headers = []
         self._body: list[bytes] = []
@@ -93,48 +85,26 @@ class _Connection(asyncio.Protocol):
         self._reading = True
         self._queue: deque[_Request] = deque()
         self._pumping = False
-        self._serving: Serving | None = None
-        self._wire: Wire | None = None
-        self._keep = True
-        self._next = 0
-        self._due = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._paused = False
-        self._ending: Outcome | None = None
-
-    # ── the connection ──────────────────────────────────────────────────────────────────────────────────────────
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's own class derives from none of asyncio's
+        self._sender = Sender(self._transport, self._serve_next)
         self._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(self)
-        self._stop_timer()
         self._queue.clear()
-        if self._serving is not None:
-            self._close_tally(Outcome.CUT if self._ending is Outcome.CUT else Outcome.GONE)
+        self._sender.lost()
 
     def drop(self) -> None:
         """Resets the connection."""
-        sock = self._transport.get_extra_info("socket")
-        if sock is not None and not self._transport.is_closing():
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
-        self._transport.abort()
+        self._sender.reset()
 
     def pause_writing(self) -> None:
-        self._paused = True
+        self._sender.pause()
 
     def resume_writing(self) -> None:
-        self._paused = False
-        if self._ending is not None:
-            self._end()
-        elif self._serving is None:
-            self._serve_next()
-        elif self._timer is None and self._wire is not None and self._next < len(self._wire.steps):
-            self._tick()
-
-    # ── the request ─────────────────────────────────────────────────────────────────────────────────────────────
+        self._sender.resume()
 
     def data_received(self, data: bytes) -> None:
         if not self._reading:
@@ -187,11 +157,11 @@ class _Connection(asyncio.Protocol):
         request = (
             self._parser.get_method(), self._target, self._headers, body, self._parser.should_keep_alive(), old,
         )  # fmt: skip
-        if self._serving is None and not self._queue and not self._paused:
+        if not self._queue and self._sender.ready:
             self._serve(request)
             return
         self._queue.append(request)
-        if len(self._queue) == _MOST_QUEUED:  # not at the first: a paused socket does not tell that the client left
+        if len(self._queue) == _MOST_QUEUED:
             self._transport.pause_reading()
 
     def _refuse(self, status: int, message: str) -> None:
@@ -201,20 +171,17 @@ class _Connection(asyncio.Protocol):
         self._reading = False
         envelope = Refusal(status, message).envelope()
         answer = Answer(status, [(b"content-type", b"application/json")], ((0.0, envelope),), length=len(envelope))
-        if self._serving is not None or self._queue:
+        if self._sender.busy or self._queue:
             self.drop()
             return
-        self._keep = False
-        self._serving = Serving(answer)
-        self._begin(Wire(answer, framed=True))
-
-    # ── the answer ──────────────────────────────────────────────────────────────────────────────────────────────
+        self._sender.send(Serving(answer), Wire(answer, framed=True), keep=False, last_words=True)
 
     def _serve_next(self) -> None:
+        """Serves what waits, as far as it can be served now."""
         if self._pumping:
             return
         self._pumping = True
-        while self._queue and self._serving is None and not self._paused and not self._transport.is_closing():
+        while self._queue and self._sender.ready:
             request = self._queue.popleft()
             if len(self._queue) == _MOST_QUEUED - 1:
                 self._transport.resume_reading()
@@ -223,119 +190,13 @@ class _Connection(asyncio.Protocol):
 
     def _serve(self, request: _Request) -> None:
         method, target, headers, body, keep, old = request
-        serving = self._serving = self._handler.handle(method, target, headers, body)
+        serving = self._handler.handle(method, target, headers, body)
         answer = serving.answer
         wire = answer.wire
-        if old:
+        if method == b"HEAD":
+            wire = Wire(answer, framed=not old, bodiless=True)
+        elif old:
             wire = Wire(answer, framed=False)
-            keep = False
         elif not isinstance(wire, Wire):
             wire = answer.wire = Wire(answer, framed=True)
-        if method == b"HEAD":
-            wire = Wire(Answer(answer.status, answer.headers, length=answer.length), framed=True)
-            wire.whole = b""
-        self._keep = keep
-        self._next = 0
-        self._wire = None
-        if answer.delay == NEVER:
-            self._finish()
-        elif answer.delay > 0:
-            self._timer = self._loop.call_later(answer.delay, self._begin, wire)
-        else:
-            self._begin(wire)
-
-    def _begin(self, wire: Wire) -> None:
-        """Sends the head, and with it the whole body unless that is paced."""
-        serving = self._serving
-        assert serving is not None
-        self._timer = None
-        self._wire = wire
-        head = wire.head
-        if serving.request_id:
-            head += b"x-request-id: " + serving.request_id + b"\r\n"
-        head += b"\r\n" if self._keep else b"connection: close\r\n\r\n"
-        if not wire.paced:
-            self._transport.write(head + wire.whole)
-            self._next = len(wire.steps)
-            self._finish()
-            return
-        self._due = self._loop.time() + wire.delays[0]
-        if wire.delays[0] > 0:
-            self._transport.write(head)
-            self._timer = self._loop.call_at(self._due, self._tick)
-        else:
-            self._tick(head)
-
-    def _tick(self, ahead: bytes = b"") -> None:
-        """Sends every step that is due. Called by the timer, and when a full buffer has drained."""
-        self._timer = None
-        if self._paused:
-            return
-        wire = self._wire
-        assert wire is not None
-        steps, delays = wire.steps, wire.delays
-        at = self._next
-        end = at + 1
-        now = self._loop.time()
-        while end < len(steps) and self._due + delays[end] <= now:
-            self._due += delays[end]
-            end += 1
-        last = end == len(steps)
-        data = steps[at] if end == at + 1 else b"".join(steps[at:end])
-        self._next = end
-        self._transport.write(ahead + data + wire.tail if last else ahead + data)
-        if last:
-            self._finish()
-            return
-        self._due += delays[end]
-        self._timer = self._loop.call_at(self._due, self._tick)
-
-    def _finish(self) -> None:
-        """Everything is written that will be: what now, once the kernel has it?"""
-        serving = self._serving
-        assert serving is not None
-        end = serving.answer.end
-        if end is End.COMPLETE and not self._paused:
-            self._close_tally(Outcome.FINISHED)
-            if not self._keep:
-                self._close()
-            elif self._queue:
-                self._serve_next()
-        elif end is not End.STALL:
-            self._ending = Outcome.FINISHED if serving.answer.whole else Outcome.CUT
-            if end is End.RESET:
-                self._transport.set_write_buffer_limits(0)  # paused until the last byte is with the kernel
-            if not self._paused:
-                self._end()
-
-    def _end(self) -> None:
-        """The buffer has drained after the last byte."""
-        serving, outcome = self._serving, self._ending
-        assert serving is not None
-        assert outcome is not None
-        self._ending = None
-        self._close_tally(outcome)
-        if serving.answer.end is End.RESET:
-            self.drop()
-        elif serving.answer.end is End.CLOSE or not self._keep:
-            self._close()
-        else:
-            self._serve_next()
-
-    def _close(self) -> None:
-        if self._reading:
-            self._transport.close()
-            return
-        self._transport.write_eof()  # closing now would reset what the refused client has yet to read
-        self._timer = self._loop.call_later(_LAST_WORDS_S, self._transport.close)
-
-    def _close_tally(self, outcome: Outcome) -> None:
-        serving = self._serving
-        assert serving is not None
-        self._serving = None
-        serving.tally.close(self._next, outcome)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._sender.send(serving, wire, keep=keep and not old)

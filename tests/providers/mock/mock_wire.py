@@ -11,9 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from proxy.providers.mock.handler import Mock
 from proxy.providers.mock.server import MockServer
+
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""For a machine that does other things too: no example is judged by the clock."""
 
 
 def words(text: str) -> int:

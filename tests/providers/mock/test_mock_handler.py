@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mock_wire import CALM
 
 from proxy.providers.mock.counting import Memo, real_counts
 from proxy.providers.mock.handler import Mock
@@ -560,7 +561,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/respo
          "/v1/audio/speech", "/v1/responses/input_tokens", "/v1/responses/x/y")  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(CALM, max_examples=300)
 @given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(MEMBERS), JSON, max_size=6), st.booleans())
 def test_no_body_makes_the_mock_stumble(path: str, members: dict[str, Any], sensible: bool) -> None:
     body = {"model": "m", **({"messages": HI, "input": "x", "prompt": "y"} if sensible else {}), **members}
@@ -605,11 +606,13 @@ def test_no_key_is_ever_in_the_books(mock: Mock) -> None:
     assert len({entry["authorization_seen"] for entry in json.loads(page)["entries"]}) == 1
 
 
+@CALM
 @given(st.text(max_size=300))
 def test_pieces_join_to_the_text(text: str) -> None:
     assert "".join(split(text)) == text
 
 
+@CALM
 @given(
     st.lists(st.text(min_size=1, max_size=5), max_size=20),
     st.integers(1, 10),

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mock_wire import CALM
 from pydantic import BaseModel, Field, TypeAdapter
 
 from proxy.providers.mock.schema import example
@@ -107,6 +108,7 @@ ODD = st.recursive(
 )
 
 
+@CALM
 @given(ODD)
 def test_what_is_no_schema_is_survived(schema: Any) -> None:
     example(schema, Random(0))

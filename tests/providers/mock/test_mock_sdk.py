@@ -40,10 +40,16 @@ def start(*options: str) -> tuple[subprocess.Popen[str], str]:
 
 
 def stop(process: subprocess.Popen[str], by: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-    process.send_signal(by)
-    out, err = process.communicate(timeout=20)
-    assert out == ""
-    return process.returncode, err
+    with process:
+        process.send_signal(by)
+        try:
+            code = process.wait(20)
+        finally:
+            process.kill()
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read() == ""
+        return code, process.stderr.read()
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +187,14 @@ def test_the_command_plays_a_script_and_ends_on_an_interrupt(tmp_path: Path) -> 
 
 def failed(*options: str) -> list[str]:
     """What the command says before it exits with 1."""
-    process, _ = first = start(*options)
-    try:
-        assert process.wait(20) == 1
-    finally:
-        process.kill()
-        rest = process.communicate()[1]
-    return (first[1] + rest).splitlines()
+    process, first = start(*options)
+    with process:
+        try:
+            assert process.wait(20) == 1
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        return (first + process.stderr.read()).splitlines()
 
 
 def test_the_command_tells_what_is_wrong(tmp_path: Path, base_url: str) -> None:

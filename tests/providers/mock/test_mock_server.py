@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import socket
 import struct
 import time
@@ -10,9 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from mock_wire import Running, answer, dechunk, exchange, read_all, request
+from mock_wire import Running, answer, dechunk, exchange, read_all, request, words
 
+from proxy.errors import UpstreamBroken
+from proxy.providers.mock.handler import Mock
 from proxy.providers.mock.script import parse_script
+from proxy.transport.base import Origin, Request
+from proxy.transport.scripted import ScriptedTransport
 
 Start = Callable[..., Running]
 CHAT = "/v1/chat/completions"
@@ -91,6 +97,9 @@ def test_a_chunked_request_an_old_client_and_a_head(server: Running) -> None:
     status, headers, body = exchange(server, b"HEAD", "/v1/models")
     assert (status, body) == (200, b"")
     assert int(headers["content-length"]) == len(exchange(server, b"GET", "/v1/models")[2])
+    with server.connect() as line:
+        line.sendall(request(b"HEAD", CHAT, asked("echo", True), b"connection: close"))
+        assert read_all(line).endswith(b"\r\n\r\n")
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
@@ -160,15 +169,67 @@ def test_faults_that_end_cleanly_leave_a_usable_connection(server: Running) -> N
             assert (b"[DONE]" in body) == (model == "garbage")
 
 
-def test_slow_sends_the_head_at_once_and_the_first_piece_late(server: Running) -> None:
-    with server.connect() as line:
-        begun = time.monotonic()
+def test_slow_sends_the_head_at_once_and_the_first_piece_late(server: Running, running: Start) -> None:
+    begun = time.monotonic()
+    assert closed(server, "slow", True).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert time.monotonic() - begun >= 0.149
+    never = running(slow_ms=600_000)
+    with never.connect() as line:
         line.sendall(request(b"POST", CHAT, asked("slow", True)))
         assert line.recv(65536).endswith(b"\r\n\r\n")
-        head = time.monotonic() - begun
-        line.recv(65536)
-        assert time.monotonic() - begun >= 0.149
-        assert head < time.monotonic() - begun
+    assert (never.last()["client_gone"], never.last()["chunks_sent"]) == (True, 0)
+
+
+def test_requests_wait_behind_a_slow_one_and_keep_their_order(server: Running) -> None:
+    sent = [request(b"POST", CHAT, asked("slow"))]
+    sent += [request(b"POST", CHAT, asked("echo", True, f"marker-{i}")) for i in range(300)]
+    sent += [request(b"POST", CHAT, asked("echo", said="last"), b"connection: close")]
+    with server.connect() as line:
+        line.sendall(b"".join(sent))
+        raw = read_all(line)
+    heads = raw.split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert len(heads) == 302
+    assert b"content-length" in heads[0]
+    for i in range(300):
+        assert b'"marker-%d"' % i in heads[1 + i]
+    assert b"connection: close" in heads[-1]
+
+
+def test_nonsense_behind_a_request_that_is_under_way_resets_the_connection(server: Running) -> None:
+    with server.connect() as line:
+        line.sendall(request(b"POST", CHAT, asked("stall")) + b"nonsense\r\n\r\n")
+        assert read_until_error(line) == (b"", ConnectionResetError)
+    assert server.last()["client_gone"]
+
+
+@pytest.mark.parametrize("model", ["any", "cut", "early-close", "no-done", "garbage", "error-late", "plain", "429"])
+def test_the_same_mock_says_the_same_in_process(server: Running, model: str) -> None:
+    body = json.dumps(asked(model, True)).encode()
+
+    async def in_process() -> tuple[int, bytes, type[Exception] | None]:
+        transport = ScriptedTransport(Mock(words))
+        call = Request(Origin("http", "mock", 80), b"POST", CHAT.encode(), [], body)
+        response = await transport.send(call, math.inf)
+        out = b""
+        try:
+            while data := await response.read(math.inf):
+                out += data
+        except UpstreamBroken as error:
+            return response.status, out, {"reset": ConnectionResetError}.get(error.reason)
+        return response.status, out, None
+
+    raw, error = broken(server, model, True) if model in ("cut", "early-close") else (closed(server, model, True), None)
+    head, _, wire = raw.partition(b"\r\n\r\n")
+    unended = not wire.endswith(b"0\r\n\r\n") and b"chunked" in head
+    status, _, said = answer(raw + b"0\r\n\r\n" if unended else raw)
+    assert asyncio.run(in_process()) == (status, said, error)
+
+
+def closed(server: Running, model: str, stream: bool = False) -> bytes:
+    """The whole answer, on a connection that is closed after it."""
+    with server.connect() as line:
+        line.sendall(request(b"POST", CHAT, asked(model, stream), b"connection: close"))
+        return read_all(line)
 
 
 # -- the books -------------------------------------------------------------------------------------------------------
@@ -200,7 +261,7 @@ def test_a_client_that_does_not_read_is_waited_for(running: Start) -> None:
     with socket.socket() as line:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         line.connect(("127.0.0.1", server.port))
-        line.sendall(request(b"POST", CHAT, asked("bench-30000", True)))
+        line.sendall(request(b"POST", CHAT, asked("bench-60000", True)))
         line.recv(4096)
         time.sleep(0.05)
         assert server.ledger()["totals"]["in_flight"] == 1
@@ -278,18 +339,12 @@ def test_a_body_cut_at_every_byte(running: Start) -> None:
     steps = [f"- {{cut_at: {k}, then: {ends[k % 3]}}}" for k in range(0, len(whole), 7)]
     server = running(script=parse_script("\n".join(steps)))
     for k in range(0, len(whole), 7):
-        raw, error = broken(server, "echo", False) if ends[k % 3] != "complete" else (closed(server), None)
+        raw, error = broken(server, "echo", False) if ends[k % 3] != "complete" else (closed(server, "echo"), None)
         head, _, body = raw.partition(b"\r\n\r\n")
         assert body == whole[:k]
         assert error is (ConnectionResetError if ends[k % 3] == "reset" else None)
         declared = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
         assert declared == (k if ends[k % 3] == "complete" else len(whole))
-
-
-def closed(server: Running, stream: bool = False) -> bytes:
-    with server.connect() as line:
-        line.sendall(request(b"POST", CHAT, asked("echo", stream), b"connection: close"))
-        return read_all(line)
 
 
 def test_a_reset_after_a_whole_answer(running: Start) -> None:
@@ -299,8 +354,24 @@ def test_a_reset_after_a_whole_answer(running: Start) -> None:
     assert server.last()["finished"]
 
 
+def test_a_reset_takes_nothing_back_from_a_client_that_reads_slowly(running: Start) -> None:
+    text = "x" * 1_500_000
+    server = running(script=parse_script(json.dumps([{"body": text, "cut_at": 1_000_000, "then": "reset"}])))
+    with socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        line.settimeout(20)
+        line.connect(("127.0.0.1", server.port))
+        line.sendall(request(b"POST", CHAT, asked("m")))
+        line.recv(1)
+        time.sleep(0.05)
+        raw, error = read_until_error(line)
+    assert len(raw.partition(b"\r\n\r\n")[2]) == 1_000_000
+    assert error is ConnectionResetError
+    assert server.last()["cut"]
+
+
 def test_split_pieces_are_chunks_of_their_own(running: Start) -> None:
     server = running(script=parse_script("- {split: 3, gap_ms: 1}"))
-    body = closed(server, True).partition(b"\r\n\r\n")[2]
+    body = closed(server, "echo", True).partition(b"\r\n\r\n")[2]
     assert body.startswith(b"3\r\ndat\r\n3\r\na: \r\n")
     assert dechunk(body).endswith(b"data: [DONE]\n\n")
