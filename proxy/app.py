@@ -23,19 +23,17 @@ from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
 from proxy.pipeline import Pipeline, Tenants
 from proxy.providers.base import Provider
+from proxy.providers.mock.counting import real_counts
 from proxy.providers.mock.handler import Mock
 from proxy.providers.mock.script import read_script
 from proxy.providers.openai import OpenAIProvider, Timeouts
 from proxy.providers.settings import OpenAISettings, ProviderSettings
 from proxy.routing import Route, Routing
 from proxy.tokens.count import Counter
-from proxy.tokens.vocabularies import SHARED
 from proxy.transport.base import Transport
 from proxy.transport.http1 import Http1Transport
 from proxy.transport.scripted import ScriptedTransport
 from proxy.types import Headers, Tenant
-
-MOCK_ENCODING = "o200k_base"
 
 
 class Running:
@@ -144,7 +142,7 @@ def _provider(name: str, settings: ProviderSettings, scrubber: Scrubber) -> Prov
     timeouts = Timeouts(limits.first_event_ms / 1000, limits.idle_ms / 1000, limits.total_ms / 1000)
     if not isinstance(settings, OpenAISettings):
         mock = Mock(
-            SHARED.load(MOCK_ENCODING).count,
+            real_counts(),
             seed=settings.seed,
             tokens_per_second=settings.tokens_per_second,
             first_token_ms=settings.first_token_ms,

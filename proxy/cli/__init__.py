@@ -98,11 +98,13 @@ def mock(
     script: Annotated[
         Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Scripted replies, in YAML.")
     ] = None,
+    tokens_per_second: Annotated[float, typer.Option(min=0, help="Pace of streams; 0 is as fast as possible.")] = 0,
+    first_token_ms: Annotated[float, typer.Option(min=0, help="Milliseconds before the first token.")] = 0,
 ) -> None:
     """Run the mock provider as a server of its own: an upstream for trials and for rehearsing faults."""
     from proxy.cli.mock import run
 
-    run(host, port, seed, script)
+    run(host, port, seed, script, tokens_per_second=tokens_per_second, first_token_ms=first_token_ms)
 
 
 @config_app.command("show")
