@@ -148,7 +148,7 @@ class Reader:
         parser = self._parser
         if len(self.headers) > limits.header_count:
             self._stop(TOO_MANY_HEADERS)
-        in_one_read = self._head_more == 0 and self._read <= limits.head_bytes
+        in_one_read = self._begun > 0 and self._read <= limits.head_bytes
         if not in_one_read and head_size(self._url, self.headers) > limits.head_bytes:
             self._stop(HEAD_TOO_LARGE)
         version = parser.get_http_version()

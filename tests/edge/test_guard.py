@@ -470,6 +470,21 @@ def test_keep_alive_does_not_end_a_request_in_progress() -> None:
         assert site.lost == []
 
 
+def test_a_short_deadline_overtakes_a_long_one() -> None:
+    with serving(app, Limits(head_seconds=3600, body_seconds=0.3)) as site, site.wire() as wire:
+        wire.send(post(b"Content-Length: 10", body=b"b"))
+        assert_refusal(wire.answer(), 408, "request_timeout")
+
+
+def test_a_client_that_never_closes_is_cut_after_its_refusal() -> None:
+    with serving(app, Limits()) as site, site.wire() as wire:
+        wire.send(get(b"//x"))
+        assert_refusal(wire.answer(), 400, "invalid_request")
+        assert wire.rest() == b""
+        assert connected(site)
+        eventually(lambda: not connected(site))
+
+
 @pytest.mark.parametrize("field", [b"Content-Length: 10", b"Transfer-Encoding: chunked"])
 def test_a_slow_body_is_refused_at_its_deadline_and_the_application_told(hasty: Site, field: bytes) -> None:
     hasty.clear()
@@ -517,19 +532,20 @@ def test_a_body_deadline_in_the_middle_of_the_answer_cuts_it(hasty: Site) -> Non
 
 
 def sockets_of(site: Site) -> list[list[str]]:
-    """The kernel's rows of connections to the server, from both ends: local, remote, state, queues."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    """The kernel's rows of connections to the server, from both ends: local, remote, state, queues, …, inode."""
+    rows = [line.split()[1:10] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     port = f":{site.port:04X}"
-    return [row[1:5] for row in rows if row[3] != "0A" and (row[1].endswith(port) or row[2].endswith(port))]
+    return [row for row in rows if row[2] != "0A" and (row[0].endswith(port) or row[1].endswith(port))]
 
 
 def nothing_in_flight(site: Site) -> bool:
     """Whether the server has read every byte that was sent to it."""
-    return all(queues == "00000000:00000000" for _, _, _, queues in sockets_of(site))
+    return all(row[3] == "00000000:00000000" for row in sockets_of(site))
 
 
 def connected(site: Site) -> bool:
-    return any(state in ("01", "08") for _, _, state, _ in sockets_of(site))
+    """Whether the server's process holds a connection."""
+    return any(row[0].endswith(f":{site.port:04X}") and row[8] != "0" for row in sockets_of(site))
 
 
 # --- order ----------------------------------------------------------------------------------------------------------
