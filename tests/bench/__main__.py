@@ -102,6 +102,8 @@ def main() -> int:
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     facts["seconds"] = round(time.perf_counter() - began, 1)
     if options.json:
         print(json.dumps(report.as_json(bench.figures, facts), indent=2))

@@ -19,13 +19,15 @@ class WrongAnswer(Exception):
 class Run:
     """The requests of one phase, shared by its connections."""
 
-    __slots__ = ("count", "expected", "finished", "latencies", "requests", "started")
+    __slots__ = ("count", "expected", "finished", "frames", "latencies", "requests", "started")
 
     def __init__(self, requests: list[bytes], expected: bytes, count: int) -> None:
         self.requests = requests
         self.expected = expected
         self.count = count
         self.started = 0
+        self.frames = 0
+        """HTTP chunks that came in: what the server had in hand at once, it sends as one."""
         self.latencies: list[float] = []
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -87,7 +89,7 @@ class Client(asyncio.Protocol):
             if len(buffer) >= self._total:
                 self._answered(buffer[self._body_at : self._total])
         elif buffer.endswith(LAST_CHUNK):
-            self._answered(_dechunked(buffer[self._body_at :]))
+            self._answered(self._dechunked(buffer))
 
     def _read_head(self, buffer: bytearray) -> bool:
         """Learns where the body begins and where it ends: `_total` is -1 for a chunked one. False: not all there."""
@@ -99,6 +101,20 @@ class Client(asyncio.Protocol):
         at = head.find(b"\r\ncontent-length:")
         self._total = -1 if at < 0 else self._body_at + int(head[at + 17 :].split(b"\r\n", 1)[0])
         return True
+
+    def _dechunked(self, buffer: bytearray) -> bytes:
+        """The body inside chunked framing, complete and without trailers."""
+        assert self.run is not None
+        pieces: list[bytes] = []
+        at = self._body_at
+        while True:
+            line = buffer.index(b"\r\n", at)
+            size = int(buffer[at:line].split(b";", 1)[0], 16)
+            if not size:
+                self.run.frames += len(pieces)
+                return b"".join(pieces)
+            pieces.append(bytes(buffer[line + 2 : line + 2 + size]))
+            at = line + 4 + size
 
     def _answered(self, body: bytearray | bytes) -> None:
         run = self.run
@@ -115,19 +131,6 @@ class Client(asyncio.Protocol):
             self.idle(self)
         else:
             self.send_next(run)
-
-
-def _dechunked(framed: bytearray) -> bytes:
-    """The body inside chunked framing, complete and without trailers."""
-    pieces: list[bytes] = []
-    at = 0
-    while True:
-        line = framed.index(b"\r\n", at)
-        size = int(framed[at:line].split(b";", 1)[0], 16)
-        if not size:
-            return b"".join(pieces)
-        pieces.append(bytes(framed[line + 2 : line + 2 + size]))
-        at = line + 4 + size
 
 
 def _difference(body: bytearray | bytes, run: Run) -> str:

@@ -56,6 +56,9 @@ class Done(msgspec.Struct, kw_only=True):
 
     requests: int
     chunks: int
+    """Chunks of the dialect that were asked for."""
+    frames: int
+    """HTTP chunks they came in: fewer, where the server found several at once."""
     seconds: float
     cpu_ns: int
     p50: float
@@ -102,6 +105,7 @@ class Load:
         return Done(
             requests=len(latencies),
             chunks=len(latencies) * chunk_count(job.ask),
+            frames=run.frames,
             seconds=seconds,
             cpu_ns=after - before,
             p50=latencies[len(latencies) // 2],

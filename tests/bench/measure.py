@@ -85,7 +85,7 @@ GROWTH: Final = tuple(
 class Effort:
     """How long to measure. `scale` multiplies the counts of every shape."""
 
-    rounds: int = 7
+    rounds: int = 5
     scale: float = 1.0
     starts: int = 3
 
@@ -96,7 +96,7 @@ class Effort:
         return max(int(shape.warmup * min(self.scale, 1.0)), 8)
 
 
-QUICK: Final = Effort(rounds=1, scale=0.1, starts=1)
+QUICK: Final = Effort(rounds=1, scale=0.06, starts=1)
 
 
 class Bench:
@@ -156,6 +156,8 @@ class Bench:
             self.figures[f"{shape.measure}_p99"][server.name].append(done.p99 * 1e6)
             return
         self.figures[shape.measure][server.name].append(done.cpu_ns / 1000 / done.requests)
+        if done.chunks:
+            self.figures[f"{shape.measure}_frames"][server.name].append(done.frames / done.requests)
         self.figures[f"{shape.measure}_per_second"][server.name].append(done.requests / done.seconds)
 
     def derive(self) -> None:

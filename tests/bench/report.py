@@ -151,6 +151,13 @@ def table(figures: Figures) -> str:
             ],
         ),
         _section(
+            "Pieces that a stream arrived in (101: the machine kept up, each chunk was a read of its own)",
+            [
+                Row("32 paced streams of 100", figures.get("stream_frames", {})),
+                Row("upstream over TLS", figures.get("stream_tls_frames", {})),
+            ],
+        ),
+        _section(
             "Latency added at one connection, microseconds",
             [
                 Row("p50", added(figures, "latency_p50", DIRECT)),

@@ -109,6 +109,7 @@ def test_right_answers_are_counted_however_they_are_cut(rate: float, stream: boo
     done = asyncio.run(_run(_chunked(body[:100], body[100:]) if stream else _plain(body), ask, rate=rate, step=step))
     assert done.requests == 3
     assert done.chunks == (6 if stream else 0)
+    assert done.frames == (6 if stream else 0)
     assert 0 < done.p50 <= done.p99 <= done.seconds
 
 
