@@ -117,8 +117,7 @@ class Exchange:
             await self._cancelled(self._reason)
         finally:
             self._connection.off_lost(self._lost)
-            if self._timer is not None:
-                self._timer.cancel()
+            self._stop_beats()
             if self._beating is not None:
                 self._beating.cancel()
             self._emit()
@@ -169,7 +168,7 @@ class Exchange:
         elif reason == "shutdown":
             await self._fail(
                 StreamInterrupted("The gateway is shutting down.")
-                if self._committed
+                if self.record.first_event
                 else Overloaded("The gateway is shutting down.", headers=[(b"retry-after", b"1")])
             )
         else:
@@ -226,7 +225,10 @@ class Exchange:
             data = self._as_error_event(data)
         elif event.terminator and self._trailer:
             data = data[: -event.terminator] + self._trailer_comment() + data[-event.terminator :]
-        if data:
+        if event.terminator:
+            # Not a moment later: a client may leave with the terminator in hand, and has had its whole answer then.
+            await self._end(data)
+        elif data:
             await self._body(data)
 
     def _as_error_event(self, data: bytes) -> bytes:
@@ -234,9 +236,11 @@ class Exchange:
         self._status, self._late = self._late or 0, None
         try:
             error = orjson.loads(data)["error"]
-            return b"data: " + orjson.dumps({"error": error}) + b"\n\n"
         except (orjson.JSONDecodeError, KeyError, TypeError):
+            error = None
+        if not error:  # no SDK would raise on it
             return sse_event(UpstreamUnavailable("The provider refused the request."))
+        return b"data: " + orjson.dumps({"error": error}) + b"\n\n"
 
     def _trailer_comment(self) -> bytes:
         record = self.record
@@ -249,6 +253,8 @@ class Exchange:
     # --- bytes out --------------------------------------------------------------------------------------------------
 
     async def _commit(self, status: int, headers: Headers, length: int | None = None) -> None:
+        if not self._streaming:
+            self._stop_beats()  # in any other body a comment would be garbage, however slowly the client takes it
         self._committed = True
         self._status = status
         self._left = length
@@ -274,20 +280,26 @@ class Exchange:
         self._last_write = self._service.clock()
         if self._left is not None:
             self._left -= len(data)
-            self._complete = self._left == 0
-        await self._send({"type": "http.response.body", "body": data, "more_body": not self._complete})
+        last = self._left == 0
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        self._complete = last
 
-    async def _end(self) -> None:
+    async def _end(self, data: bytes = b"") -> None:
+        """Sends the last bytes, unless the answer has ended with its length or its terminator."""
         if self._beating is not None:
             await self._beat_done(self._beating)
         if self._complete:
             return
-        self._complete = True
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._stop_beats()
+        self._bytes_out += len(data)
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        self._complete = True  # not before: it waits while the client's buffer is full, and the client may leave then
 
     async def _fail(self, error: ProxyError) -> None:
         if self._beating is not None:
             await self._beat_done(self._beating)
+        if self._complete:
+            return
         self._error_code = error.code
         if not self._committed:
             body = envelope(error)
@@ -296,8 +308,7 @@ class Exchange:
         elif self._streaming:
             if not isinstance(error, StreamInterrupted):
                 self._status = error.status
-            await self._body(sse_event(error))
-            await self._end()
+            await self._end(sse_event(error))
         else:
             self._complete = True
             self._connection.abort()
@@ -318,6 +329,11 @@ class Exchange:
             self._streaming = True
             await self._commit(200, _STREAM_HEADERS)
         await self._body(_KEEP_ALIVE)
+
+    def _stop_beats(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     async def _beat_done(self, beating: asyncio.Task[None]) -> None:
         await asyncio.wait([beating])
@@ -368,7 +384,7 @@ class Exchange:
                 bytes_in=self._bytes_in,
                 bytes_out=self._bytes_out,
                 attempts=record.attempts,
-                error_code=self._error_code,
+                error_code=self._error_code or None,
                 disconnected=self._reason == "gone",
                 interrupted=self._error_code == "stream_interrupted",
                 client=self._client(),

@@ -171,11 +171,13 @@ class OpenAIProvider:
             return RawReply(response, headers, idle=self.timeouts.idle, upstream_request_id=upstream_id)
         body = await read_whole(response, deadline)
         usage = _usage_in(body)
+        terminator = 0
         if ask.stream:
             body, headers = _as_stream(ask, body), _typed(headers, b"text/event-stream; charset=utf-8")
+            terminator = len(body) - body.rindex(b"\n\n", 0, -2) - 2
         elif ask.wants_base64:
             body = floats_to_base64(body)
-        return PlainReply(status, headers, body, usage=usage, upstream_request_id=upstream_id, stream=ask.stream)
+        return PlainReply(status, headers, body, usage=usage, upstream_request_id=upstream_id, terminator=terminator)
 
     async def _stream(
         self, ask: Ask, response: Response, headers: Headers, deadline: float, asked_usage: bool

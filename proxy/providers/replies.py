@@ -58,16 +58,17 @@ class PlainReply:
         *,
         usage: Usage | None = None,
         upstream_request_id: str = "",
-        stream: bool = False,
+        terminator: int = 0,
     ) -> None:
-        """`stream`: the body is a finished event stream (a plain answer to a wish for one)."""
+        """`terminator`: the body is a finished event stream (a plain answer to a wish for one) that ends in a
+        terminator of so many bytes."""
         self.status = status
         self.headers = headers
-        self.stream = stream
-        self.length = None if stream else len(body)
+        self.stream = terminator > 0
+        self.length = None if terminator else len(body)
         self.upstream_request_id = upstream_request_id
         self.body = body
-        self._event: Event | None = Event(body, usage)
+        self._event: Event | None = Event(body, usage, terminator)
 
     @property
     def events(self) -> PlainReply:

@@ -53,6 +53,7 @@ _chunk = msgspec.json.Decoder(_Chunk).decode
 _typed = msgspec.json.Decoder(_Typed).decode
 _terminal = msgspec.json.Decoder(_Terminal).decode
 _value = msgspec.json.Decoder().decode
+_NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 class Interrupted(Exception):
@@ -81,7 +82,8 @@ def judge_chunk(raw: bytes, data: bytes, *, asked_usage: bool) -> Verdict | None
         return Verdict(raw, last=True)
     try:
         chunk = _chunk(data)
-    except (msgspec.DecodeError, RecursionError):
+        _check_text(data)
+    except _NOT_JSON:
         raise Interrupted("The provider sent an event that is not valid JSON.") from None
     if chunk.error is not _ABSENT and bytes(chunk.error) != b"null":
         raise _provider_error(raw, chunk.error)
@@ -101,16 +103,23 @@ def judge_response_event(raw: bytes, data: bytes) -> Verdict | None:
     if data.startswith(b"[DONE]"):
         return Verdict(raw, last=True)
     try:
+        _check_text(data)
         event = _typed(data)
         if event.type in _TERMINAL:
             return Verdict(raw, usage_of(_terminal(data).response.usage), last=True)
-    except (msgspec.DecodeError, RecursionError):
+    except _NOT_JSON:
         raise Interrupted("The provider sent an event that is not valid JSON.") from None
     if event.type == "error":
         raise Interrupted("The provider ended the stream with an error.", raw)
     if event.error is not _ABSENT and bytes(event.error) != b"null":
         raise _provider_error(raw, event.error)
     return None
+
+
+def _check_text(data: bytes) -> None:
+    """Raises UnicodeDecodeError for what is no UTF-8: members that are not read are not decoded, and SDKs choke."""
+    if not data.isascii():
+        data.decode()
 
 
 def _provider_error(raw: bytes, error: msgspec.Raw) -> Interrupted:
@@ -201,6 +210,10 @@ class StreamReply:
         raise StopAsyncIteration
 
     def _at_end(self) -> Event:
+        if self._terminated and self._splitter.held:
+            event = self._take(b"\n\n")  # some leave out the blank line behind the terminator, and SDKs then miss it
+            if event is not None and self._ended:
+                return event
         if self._terminated or self._splitter.held:
             raise StreamInterrupted("The provider ended the stream before it was complete.")
         self._ended = True
