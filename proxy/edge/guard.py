@@ -96,6 +96,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._watch.close()
         self._reader.close()
         self.pipeline.clear()
+        self.app = self._wrapped
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         # uvicorn tells its latest cycle only; with pipelining the running one is another.

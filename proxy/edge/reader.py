@@ -115,8 +115,8 @@ class Reader:
         return not mixed and audit.exceeded(self._read, self.body_bytes)
 
     def close(self) -> None:
-        """Lets go of the parser, which holds on to this object."""
-        del self._parser
+        """Lets go of the parser and the sink, which hold on to this object: nothing is left for the collector."""
+        del self._parser, self._sink
 
     # --- the parser's callbacks -------------------------------------------------------------------------------------
 

@@ -116,6 +116,8 @@ class Server:
             self._set_date(loop)
             for listener in self._listeners:
                 self._servers.append(await self._listen(loop, listener))
+            if self._stopping.is_set():
+                return  # nobody has been told of us yet
             for listener, server in zip(self._listeners, self._servers, strict=True):
                 self._on_ready(listener.host, server.sockets[0].getsockname()[1])
             await self._stopping.wait()

@@ -4,6 +4,7 @@ hears when its client is lost."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import resource
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from proxy.edge.connection import Connection
+from proxy.edge.guard import GuardedProtocol
 from proxy.edge.head import Limits
 
 from .raw import PATIENCE, Answer, Site, Wire, eventually, serving
@@ -485,6 +487,27 @@ def test_a_client_that_never_closes_is_cut_after_its_refusal() -> None:
         eventually(lambda: not connected(site))
 
 
+def test_keep_alive_does_not_end_a_head_in_progress() -> None:
+    with serving(app, Limits(keep_alive_seconds=0.8)) as site, site.wire() as wire:
+        wire.send(GOOD)
+        assert wire.answer().status == 200
+        wire.send(GOOD[:10])
+        time.sleep(1.2)
+        wire.send(GOOD[10:])
+        assert wire.answer().status == 200
+
+
+def test_time_in_which_the_application_does_not_read_is_not_the_clients(hasty: Site) -> None:
+    hasty.clear()
+    hasty.gate.clear()
+    with hasty.wire() as wire:
+        wire.send(post(b"Content-Length: 300000", target=b"/gate", body=b"b" * 300_000))
+        time.sleep(HASTY.body_seconds * 1.5)
+        hasty.gate.set()
+        assert wire.answer().status == 200
+    assert hasty.refused == []
+
+
 @pytest.mark.parametrize("field", [b"Content-Length: 10", b"Transfer-Encoding: chunked"])
 def test_a_slow_body_is_refused_at_its_deadline_and_the_application_told(hasty: Site, field: bytes) -> None:
     hasty.clear()
@@ -674,6 +697,24 @@ def test_a_client_that_leaves_after_the_answer_is_not_news() -> None:
                 assert wire.answer().status == 200
         eventually(lambda: not connected(site))
         assert site.lost == []
+
+
+def test_a_lost_connection_leaves_nothing_for_the_collector(roomy: Site) -> None:
+    def alive() -> int:
+        return sum(isinstance(thing, GuardedProtocol) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for data in (GOOD, get(b"//x"), get(b"/hold"), b""):
+            with roomy.wire() as wire:
+                wire.send(data)
+                if data in (GOOD, get(b"//x")):
+                    wire.answer()
+        eventually(lambda: alive() == before)
+    finally:
+        gc.enable()
 
 
 def test_who_asks_late_is_told_at_once() -> None:

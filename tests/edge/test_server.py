@@ -248,6 +248,24 @@ def test_an_address_that_cannot_be_bound_says_why(host: str, reason: str) -> Non
         serve((host, 0))
 
 
+def test_a_stop_before_it_is_ready_ends_it_at_once() -> None:
+    ready: list[int] = []
+    app = Quiet()
+    server = Server(
+        app,
+        [Listener(app, "127.0.0.1", 0)],
+        limits=Limits(),
+        drain_ms=int(FAR),
+        grace_ms=int(FAR),
+        on_ready=lambda host, port: ready.append(port),
+        own_signals=False,
+    )
+    server.stop()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(server.serve(), PATIENCE))
+    assert ready == []
+
+
 def test_a_fault_while_starting_closes_the_listeners() -> None:
     ports: list[int] = []
 
