@@ -77,7 +77,7 @@ class Catalog:
         if target.label == ask.model:
             return _entry(ask.model, target.provider)
         for model in await self._list(target.provider, ask):
-            if model.get("id") == target.model:
+            if model["id"] == target.model:
                 return {**model, "id": ask.model}
         raise NotFound(f"The model '{ask.model}' does not exist here.", code="model_not_found", param="model")
 
@@ -90,7 +90,7 @@ class Catalog:
         return [
             {**model, "id": route.name.replace("*", match[1], 1)}
             for model in await self._list(provider, ask)
-            if (match := pattern.fullmatch(str(model.get("id", ""))))
+            if (match := pattern.fullmatch(model["id"]))
         ]
 
     async def _list(self, provider: str, ask: Ask) -> list[_Model]:
@@ -111,8 +111,13 @@ class Catalog:
             await reply.aclose()
         if reply.status != 200:
             raise UpstreamBroken("The provider does not list its models.", reason="protocol")
-        listed = orjson.loads(body).get("data")
-        return [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
+        try:
+            listed = orjson.loads(body).get("data")
+        except orjson.JSONDecodeError as error:
+            raise UpstreamBroken("The provider's list of models is not valid JSON.", reason="protocol") from error
+        if not isinstance(listed, list):
+            return []
+        return [model for model in listed if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
 
 def _entry(name: str, provider: str) -> _Model:

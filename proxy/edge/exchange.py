@@ -187,11 +187,10 @@ class Exchange:
         self._bytes_in = len(body)
         if len(body) > self._service.max_body_bytes:
             raise RequestTooLarge(f"The body is larger than {self._service.max_body_bytes} bytes.")
-        raw_path = scope["raw_path"]
         return Call(
             scope["method"],
             self._path,
-            raw_path if raw_path.startswith(b"/v1") else b"/v1" + raw_path,
+            _with_prefix(scope["path"], scope["raw_path"]),
             scope["query_string"],
             scope["headers"],
             body,
@@ -395,6 +394,13 @@ class Exchange:
     def _client(self) -> str:
         client = self._scope["client"]
         return client[0] if client else ""
+
+
+def _with_prefix(path: str, raw: bytes) -> bytes:
+    """`raw` with the prefix as such: it may lack it, or hold it percent-encoded."""
+    if raw.startswith(b"/v1/"):
+        return raw
+    return b"/v1/" + (raw.split(b"/", 2)[2] if path.startswith("/v1/") else raw[1:])
 
 
 def _header_text(text: str) -> bytes:

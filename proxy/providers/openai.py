@@ -136,8 +136,8 @@ class OpenAIProvider:
         headers = to_provider(call.headers, passthrough=passthrough, own_key=self._callers_key)
         headers += self._fixed
         headers.append((b"traceparent", call.traceparent.encode()))
-        if self._callers_key:
-            headers.append((b"authorization", b"Bearer " + caller_key(call.headers)))
+        if self._callers_key and (key := caller_key(call.headers)):
+            headers.append((b"authorization", b"Bearer " + key))
         if passthrough:
             body, path, method = call.body, call.raw_path[3:], call.method.encode()
         elif ask.dialect == "models":
@@ -177,6 +177,8 @@ class OpenAIProvider:
             terminator = len(body) - body.rindex(b"\n\n", 0, -2) - 2
         elif ask.wants_base64:
             body = floats_to_base64(body)
+        if not terminator and b"json" not in first(headers, b"content-type"):
+            headers = _typed(headers, b"application/json")  # the official client reads anything else as a text
         return PlainReply(status, headers, body, usage=usage, upstream_request_id=upstream_id, terminator=terminator)
 
     async def _stream(
@@ -262,7 +264,10 @@ def _usage_in(body: bytes) -> Usage | None:
 
 
 def _is_bare_error(body: bytes) -> bool:
-    reply = msgspec.json.decode(body)
+    try:
+        reply = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return True  # no client could read it either
     return not any(reply.get(member) for member in ("choices", "data", "output", "object"))
 
 

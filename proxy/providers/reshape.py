@@ -58,11 +58,14 @@ def without_null_usage(payload: bytes) -> bytes:
 def floats_to_base64(body: bytes) -> bytes:
     """An embeddings reply with its float lists packed as little-endian float32 in base64, as the client asked.
 
-    Vectors that are no lists of numbers, or hold one beyond float32, stay. Raises orjson.JSONDecodeError.
+    Vectors that are no lists of numbers, or hold one beyond float32, stay; so does a body that cannot be read.
     """
     if b'"embedding"' not in body:
         return body
-    reply = orjson.loads(body)
+    try:
+        reply = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body
     data = reply.get("data") if isinstance(reply, dict) else None
     changed = False
     for entry in data if isinstance(data, list) else ():
