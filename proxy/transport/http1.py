@@ -15,12 +15,8 @@ from proxy.transport.base import Origin, Request
 from proxy.transport.connect import open_connection, trusting_the_system
 from proxy.transport.connection import Connection
 from proxy.transport.framing import request_head
-from proxy.transport.pool import Pool, PoolStats
+from proxy.transport.pool import KEEPALIVE, Pool, PoolStats
 from proxy.transport.response import Http1Response
-
-KEEPALIVE = 4.0
-"""Seconds idle before we close. Below the 5 s of uvicorn and Node, which most self-hosted model servers run on: the
-side that closes first meets no race. The public providers keep connections for a minute and more."""
 
 
 class _Site:

@@ -26,11 +26,8 @@ from proxy.errors import ConnectFailed, ProxyError, UpstreamBroken, UpstreamTime
 from proxy.transport.base import Origin, Request
 from proxy.transport.connect import trusting_the_system
 from proxy.transport.framing import framing, request_head
-from proxy.transport.pool import PoolStats
+from proxy.transport.pool import KEEPALIVE, PoolStats
 from proxy.types import Headers
-
-KEEPALIVE = 4.0
-"""Seconds idle before a connection is closed; see `http1.KEEPALIVE`."""
 
 
 class _Exchange:

@@ -397,6 +397,7 @@ async def test_early_end(make: MakeTransport, sent: bytes, end: str) -> None:
         b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n",
         OK + b"X-A: " + b"a" * 200_000 + b"\r\nContent-Length: 0\r\n\r\n",
         OK + b"X-A: 1\r\n" * 30_000 + b"\r\n",
+        OK + b"X-A: " + b"a" * 1_000_000,
     ],
 )
 async def test_bad_framing(make: MakeTransport, reply: bytes) -> None:
@@ -430,7 +431,7 @@ async def test_surplus_is_never_an_answer(make: MakeTransport, reply: bytes, sur
         sent.set()
         await peer.gone()
 
-    transport = make(max_connections=1)
+    transport = make(max_connections=1, keepalive=60.0)
     async with serve(script) as server:
         first = await fetch(transport, server.request())
         await sent.wait()
