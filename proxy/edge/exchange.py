@@ -316,10 +316,12 @@ class Exchange:
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
+        now = loop.time()
         due = self._last_write + self._service.silence
-        if due <= loop.time() and self._beating is None and not self._complete:
-            self._beating = loop.create_task(self._beat())
-            due = loop.time() + self._service.silence
+        if due <= now:
+            due = now + self._service.silence
+            if self._beating is None or self._beating.done():  # else the client has not taken the last one yet
+                self._beating = loop.create_task(self._beat())
         self._timer = loop.call_at(due, self._tick)
 
     async def _beat(self) -> None:
