@@ -27,7 +27,7 @@ class Tenants(Protocol):
 
 
 class Pipeline:
-    """Constructed once. `clock` is the event loop's (seconds)."""
+    """Constructed once. `clock` is monotonic (seconds)."""
 
     def __init__(
         self,

@@ -168,7 +168,7 @@ class Record:
     stream: bool = False
     usage: Usage | None = None
     upstream_started: float = 0.0
-    """Clock readings (the event loop's, seconds); 0.0 is `never`."""
+    """Readings of a monotonic clock (seconds); 0.0 is `never`."""
     first_event: float = 0.0
     upstream_ended: float = 0.0
     warnings: list[str] = field(default_factory=list)

@@ -43,7 +43,7 @@ def v1_path(path: str) -> str | None:
 
 
 class Gateway:
-    """The application. One per process; `random(n)` gives n random bytes, `clock` is the event loop's."""
+    """The application. One per process; `random(n)` gives n random bytes, `clock` is monotonic."""
 
     def __init__(
         self,
