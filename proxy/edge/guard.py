@@ -96,9 +96,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._watch.close()
         self._reader.close()
         self.pipeline.clear()
-        self.app = self._wrapped
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
+        # Both hold on to this object: nothing shall be left for the collector.
+        self.app = self._wrapped
+        self.cycle = None  # type: ignore[assignment]
         # uvicorn tells its latest cycle only; with pipelining the running one is another.
         running = self._running
         if running is not None and not running.response_complete:
@@ -203,7 +205,6 @@ class GuardedProtocol(HttpToolsProtocol):
         """Serves no request after `last`, whose answer closes the connection. Never harmful: clients ask again."""
         assert last is not None
         self._turn_deaf()
-        self.cycle = last
         last.keep_alive = False
         raise Stop
 
@@ -261,7 +262,6 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         cycle.disconnected = True
         cycle.message_event.set()
-        self.flow.resume_writing()
         if self._entered:
             self._connection.lose(reason)
         else:

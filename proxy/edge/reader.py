@@ -101,8 +101,6 @@ class Reader:
                 self._head_more += self._read
             if self._head_more > self._limits.head_bytes:
                 return HEAD_TOO_LARGE
-            if len(self.headers) > self._limits.header_count:
-                return TOO_MANY_HEADERS
         return None
 
     def _audit_exceeded(self, phase: int) -> bool:

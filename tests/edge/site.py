@@ -64,7 +64,10 @@ class App:
     async def interrupt_all(self) -> None:
         print("interrupting", len(self._streams), flush=True)
         if self._stuck:
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                print("let go", flush=True)
         self._interrupted.set()
         if self._streams:
             await asyncio.wait(self._streams)

@@ -166,6 +166,7 @@ FRAMING = {
     "31a upgrade to websocket": get(b"/x", b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"),
     "31b upgrade, unannounced": get(b"/x", b"Upgrade: h2c"),
     "31c tunnel": b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n",
+    "31d tunnel to a path": b"CONNECT /x HTTP/1.1\r\n" + HOST + b"\r\n",
     "no version": b"GET /x\r\n\r\n",
     "HTTP/0.9": b"GET /x HTTP/0.9\r\n" + HOST + b"\r\n",
     "HTTP/2.0 in words": b"GET /x HTTP/2.0\r\n" + HOST + b"\r\n",
@@ -402,6 +403,18 @@ def test_framing_that_never_ends_is_cut(roomy: Site, start: bytes) -> None:
     assert_works(roomy)
 
 
+def test_a_refusal_reads_on_although_the_body_had_paused_it(roomy: Site) -> None:
+    """The loop is held up while the client sends, so that one read brings both the large body and its fault."""
+    roomy.clear()
+    assert roomy.loop is not None
+    with roomy.wire() as wire:
+        roomy.loop.call_soon_threadsafe(time.sleep, 0.3)
+        wire.send(post(CHUNKED, target=b"/gate", body=b"186a0\r\n" + b"b" * 100_000 + b"\r\nno size\r\n"))
+        assert all(wire.offer(b"b" * 250_000) for _ in range(80))
+        roomy.gate.set()
+        assert_refusal(wire.answer(), 400, "invalid_request")
+
+
 def test_malformed_chunks_after_the_application_heard(roomy: Site) -> None:
     roomy.clear()
     with roomy.wire() as wire:
@@ -434,9 +447,11 @@ def test_a_slow_head_is_refused_at_its_deadline(hasty: Site) -> None:
 def test_a_slow_second_head_has_the_same_deadline(hasty: Site) -> None:
     hasty.clear()
     with hasty.wire() as wire:
-        wire.send(GOOD)
+        wire.send(post(b"Content-Length: 3", body=b"a"))
+        eventually(lambda: hasty.heard)
+        wire.send(b"bc")
         assert wire.answer().status == 200
-        time.sleep(HASTY.head_seconds * 1.5)  # rest is not part of a head
+        time.sleep(HASTY.head_seconds * 1.5)  # rest is part of neither body nor head
         wire.send(GOOD[:20])
         assert_refusal(wire.answer(), 408, "request_timeout")
     assert len(hasty.heard) == 1
@@ -476,6 +491,15 @@ def test_a_short_deadline_overtakes_a_long_one() -> None:
     with serving(app, Limits(head_seconds=3600, body_seconds=0.3)) as site, site.wire() as wire:
         wire.send(post(b"Content-Length: 10", body=b"b"))
         assert_refusal(wire.answer(), 408, "request_timeout")
+
+
+def test_a_long_deadline_replaces_a_short_one() -> None:
+    with serving(app, Limits(head_seconds=1.5)) as site, site.wire() as wire:
+        time.sleep(0.4)
+        wire.send(post(b"Content-Length: 2", body=b"b"))
+        time.sleep(1.4)
+        wire.send(b"b")
+        assert wire.answer().status == 200
 
 
 def test_a_client_that_never_closes_is_cut_after_its_refusal() -> None:
@@ -683,36 +707,60 @@ def test_the_running_request_hears_that_its_client_left(roomy: Site, data: bytes
     assert_works(roomy)
 
 
-def test_a_client_that_leaves_after_the_answer_is_not_news() -> None:
-    async def forgetful(site: Site, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        scope["extensions"]["breakwater"].on_lost(site.lost.append)
+async def forgetful(site: Site, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """Never takes its callback back."""
+    path = scope["path"]
+    lost = asyncio.Event()
+    scope["extensions"]["breakwater"].on_lost(lambda reason: (site.lost.append(path + " " + reason), lost.set()))
+    if path == "/hold":
+        await lost.wait()
+    else:
         await reply(send, b"ok")
 
+
+def test_a_client_that_leaves_after_the_answer_is_not_news() -> None:
     with serving(forgetful, Limits()) as site:
-        for _ in range(3):
-            with site.wire() as wire:
-                wire.send(GOOD)
-                assert wire.answer().status == 200
+        with site.wire() as wire:
+            for _ in range(2):
                 wire.send(GOOD)
                 assert wire.answer().status == 200
         eventually(lambda: not connected(site))
         assert site.lost == []
 
 
+def test_a_request_hears_nothing_of_the_next_ones_client() -> None:
+    with serving(forgetful, Limits()) as site:
+        with site.wire() as wire:
+            wire.send(GOOD)
+            assert wire.answer().status == 200
+            wire.send(get(b"/hold"))
+            eventually(lambda: len(site.heard) == 2)
+        eventually(lambda: not connected(site))
+        assert site.lost == ["/hold gone"]
+
+
+def test_only_the_first_reason_is_told() -> None:
+    with serving(forgetful, Limits(body_seconds=0.3)) as site:
+        with site.wire() as wire:
+            wire.send(post(b"Content-Length: 3", target=b"/hold"))
+            assert_refusal(wire.answer(), 408, "request_timeout")
+        eventually(lambda: not connected(site))
+        assert site.lost == ["/hold body_timeout"]
+
+
 def test_a_lost_connection_leaves_nothing_for_the_collector(roomy: Site) -> None:
     def alive() -> int:
         return sum(isinstance(thing, GuardedProtocol) for thing in gc.get_objects())
 
-    gc.collect()
+    eventually(lambda: gc.collect() >= 0 and alive() == 0)
     gc.disable()
     try:
-        before = alive()
-        for data in (GOOD, get(b"//x"), get(b"/hold"), b""):
+        for data in (GOOD, get(b"//x"), get(b"/hold"), get(b"/hold") + GOOD * 3, b""):
             with roomy.wire() as wire:
                 wire.send(data)
                 if data in (GOOD, get(b"//x")):
                     wire.answer()
-        eventually(lambda: alive() == before)
+        eventually(lambda: alive() == 0)
     finally:
         gc.enable()
 

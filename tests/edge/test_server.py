@@ -157,7 +157,7 @@ def test_an_application_that_does_not_let_go_cannot_hold_the_process() -> None:
         assert not stream.rest().endswith(b"0\r\n\r\n")  # cut: nobody can take it for complete
         code, out, _ = server.end()
         assert code == 0
-        assert out == "draining\ninterrupting 1\nlost gone\nserved\n"
+        assert out == "draining\ninterrupting 1\nlet go\nlost gone\nserved\n"
 
 
 def test_a_client_that_does_not_read_cannot_hold_the_process() -> None:
@@ -168,6 +168,16 @@ def test_a_client_that_does_not_read_cannot_hold_the_process() -> None:
         code, out, _ = server.end()
         assert code == 0
         assert out == "draining\ninterrupting 1\nlost gone\nserved\n"
+
+
+def test_the_last_bytes_of_an_interrupted_stream_still_leave() -> None:
+    with process("0", "0") as server, server.wire() as slow:
+        slow.send(b"GET /flood HTTP/1.1\r\nHost: a\r\n\r\n")
+        slow.until(b"data: tick\n\n")
+        server.signal()
+        assert [server.line(), server.line()] == ["draining", "interrupting 1"]
+        assert slow.rest().endswith(b"data: error\n\n\r\n0\r\n\r\n")
+        assert server.end() == (0, "served\n", "")
 
 
 def test_each_listener_has_its_port_and_its_headers() -> None:
