@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -30,10 +30,17 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from proxy.providers.headers import first, request_id, to_client, to_provider
-from proxy.providers.replies import PlainReply, RawReply, read_whole
+from proxy.providers.headers import first, request_id, to_client, to_provider, when_to_come_back
+from proxy.providers.replies import PlainReply, RawReply, content_coding, first_piece, read_whole
 from proxy.providers.reshape import chat_to_stream, edited, floats_to_base64, response_to_stream
-from proxy.providers.streams import StreamReply, Verdict, judge_chunk, judge_response_event
+from proxy.providers.streams import (
+    NO_ERROR,
+    StreamReply,
+    Verdict,
+    judge_chunk,
+    judge_response_event,
+    pass_ordinary,
+)
 from proxy.tokens.usage import usage_of
 from proxy.transport.base import Origin, Request, Response, Transport
 from proxy.types import Ask, Headers, Reply, Usage
@@ -42,6 +49,8 @@ _ABSENT: Final = msgspec.Raw(b"")
 _ERROR_BYTES: Final = 4 * 1024 * 1024
 _ERROR_SECONDS: Final = 1.0
 _REMEMBERED: Final = 1024
+_USAGE_OPTION: Final = ("chat", "completions")
+"""The dialects that know `stream_options.include_usage`."""
 _AGENT: Final = (b"user-agent", b"breakwater/" + __version__.encode())
 _IDENTITY: Final = (b"accept-encoding", b"identity")
 _JSON: Final = (b"content-type", b"application/json")
@@ -99,20 +108,27 @@ class OpenAIProvider:
         self._scrub = scrub
         self._now = asyncio.get_running_loop().time
         self._refuses_usage: set[str] = set()
-        """Models whose server answered our own wish for usage with 400."""
+        """Models whose server refused a stream with our own wish for usage, and served it without."""
 
     async def aclose(self) -> None:
         await self._transport.aclose()
 
     async def open(self, ask: Ask, model: str) -> Reply:
         """See `Provider.open`."""
-        asked_usage = (
-            ask.stream
-            and ask.dialect in ("chat", "completions")
-            and not ask.wants_usage
-            and model not in self._refuses_usage
-        )
         deadline = self._now() + (self.timeouts.first_event if ask.stream else self.timeouts.total)
+        if not ask.stream or ask.wants_usage or ask.dialect not in _USAGE_OPTION or model in self._refuses_usage:
+            return await self._try(ask, model, deadline, asked_usage=False)
+        reply = await self._try(ask, model, deadline, asked_usage=True)
+        if not _names_usage_option(reply):
+            return reply
+        reply = await self._try(ask, model, deadline, asked_usage=False)
+        if reply.status < 400:  # else it was not our option: a client's own odd member can be named like it
+            if len(self._refuses_usage) >= _REMEMBERED:
+                self._refuses_usage.clear()
+            self._refuses_usage.add(model)
+        return reply
+
+    async def _try(self, ask: Ask, model: str, deadline: float, *, asked_usage: bool) -> Reply:
         response = await self._transport.send(self._request(ask, model, asked_usage), deadline)
         try:
             reply = await self._reply(ask, response, deadline, asked_usage)
@@ -121,11 +137,6 @@ class OpenAIProvider:
             raise
         if isinstance(reply, PlainReply):
             await response.aclose()
-        if asked_usage and reply.status == 400 and isinstance(reply, PlainReply) and _names_usage_option(reply):
-            if len(self._refuses_usage) >= _REMEMBERED:
-                self._refuses_usage.clear()
-            self._refuses_usage.add(model)
-            return await self.open(ask, model)
         return reply
 
     # --- up ---------------------------------------------------------------------------------------------------------
@@ -158,18 +169,24 @@ class OpenAIProvider:
 
     async def _reply(self, ask: Ask, response: Response, deadline: float, asked_usage: bool) -> Reply:
         status = response.status
-        if not 200 <= status < 300:
-            return await self._refusal(response, deadline)
         passthrough = ask.dialect == "passthrough"
+        if not 200 <= status < 300 and not (passthrough and status == 304):
+            return await self._refusal(response, deadline)
         headers = to_client(response.headers, passthrough=passthrough)
+        kind = first(response.headers, b"content-type").lower()
+        start = b""
+        if (ask.stream or passthrough) and not content_coding(response.headers):
+            if kind.startswith(b"text/event-stream"):
+                return await self._stream(ask, response, headers, deadline, asked_usage)
+            if not passthrough and b"json" not in kind:
+                # SDKs never look at the type of a stream, so servers get away with another one, or with none.
+                start = await first_piece(response, deadline)
+                if start.lstrip()[:1] not in (b"{", b"["):
+                    return await self._stream(ask, response, headers, deadline, asked_usage, start)
         upstream_id = request_id(response.headers)
-        if first(response.headers, b"content-type")[:17].lower() == b"text/event-stream" and (
-            ask.stream or passthrough
-        ):
-            return await self._stream(ask, response, headers, deadline, asked_usage)
         if passthrough:
             return RawReply(response, headers, idle=self.timeouts.idle, upstream_request_id=upstream_id)
-        body = await read_whole(response, deadline)
+        body = await read_whole(response, deadline, start=start)
         usage = _usage_in(body)
         terminator = 0
         if ask.stream:
@@ -177,31 +194,40 @@ class OpenAIProvider:
             terminator = len(body) - body.rindex(b"\n\n", 0, -2) - 2
         elif ask.wants_base64:
             body = floats_to_base64(body)
-        if not terminator and b"json" not in first(headers, b"content-type"):
+        if not terminator and b"json" not in kind:
             headers = _typed(headers, b"application/json")  # the official client reads anything else as a text
         return PlainReply(status, headers, body, usage=usage, upstream_request_id=upstream_id, terminator=terminator)
 
     async def _stream(
-        self, ask: Ask, response: Response, headers: Headers, deadline: float, asked_usage: bool
+        self,
+        ask: Ask,
+        response: Response,
+        headers: Headers,
+        deadline: float,
+        asked_usage: bool,
+        start: bytes = b"",
     ) -> Reply:
         judge: Callable[[bytes, bytes], Verdict | None]
+        ordinary: Callable[[bytes], bytes | None] | None = None
         if ask.dialect == "responses":
             judge = judge_response_event
         elif ask.dialect == "passthrough":
             judge = _pass_any
         else:
             judge = partial(judge_chunk, asked_usage=asked_usage)
+            ordinary = partial(pass_ordinary, asked_usage=asked_usage)
         reply = StreamReply(
             response,
             headers,
             judge=judge,
+            ordinary=ordinary,
             idle=self.timeouts.idle,
             terminated=ask.dialect != "passthrough",
             upstream_request_id=request_id(response.headers),
             scrub=self._scrub,
         )
         try:
-            await reply.first(deadline)
+            await reply.first(deadline, start)
         except StreamInterrupted as error:
             return self._error_first(error, headers)
         return reply
@@ -216,21 +242,23 @@ class OpenAIProvider:
 
     async def _refusal(self, response: Response, deadline: float) -> Reply:
         status = response.status
+        upstream_id = request_id(response.headers)
         own_fault = status in (401, 402, 403) and not self._callers_key
-        if status == 429 or status >= 500 or status < 400 or own_fault:
-            await self._finish_error(response, deadline)
+        if not (own_fault or status == 429 or status >= 500 or status < 400):
+            body = self._scrub(await read_whole(response, deadline, _ERROR_BYTES))
+            return PlainReply(
+                status, to_client(response.headers, passthrough=False), body, upstream_request_id=upstream_id
+            )
+        await self._finish_error(response, deadline)
+        facts: dict[str, Any] = {"upstream_status": status, "upstream_request_id": upstream_id}
         if status == 429:
-            retry = [h for h in response.headers if h[0] in (b"retry-after", b"retry-after-ms")]
-            raise UpstreamRateLimited("The provider's rate limit is reached.", headers=retry, upstream_status=429)
+            wait = when_to_come_back(response.headers)
+            raise UpstreamRateLimited("The provider's rate limit is reached.", headers=wait, **facts)
         if own_fault:
-            raise UpstreamUnavailable("The provider did not accept this gateway's credential.", upstream_status=status)
+            raise UpstreamUnavailable("The provider did not accept this gateway's credential.", **facts)
         if status == 504:
-            raise UpstreamTimeout("The provider answered 504: it timed out itself.", upstream_status=status)
-        if status >= 500 or status < 400:
-            raise UpstreamUnavailable(f"The provider answered {status}.", upstream_status=status)
-        body = self._scrub(await read_whole(response, deadline, _ERROR_BYTES))
-        headers = to_client(response.headers, passthrough=False)
-        return PlainReply(status, headers, body, upstream_request_id=request_id(response.headers))
+            raise UpstreamTimeout("The provider answered 504: it timed out itself.", **facts)
+        raise UpstreamUnavailable(f"The provider answered {status}.", **facts)
 
     async def _finish_error(self, response: Response, deadline: float) -> None:
         """Reads what is left of an answer that we only report, so that its connection can serve again."""
@@ -258,7 +286,7 @@ def _usage_in(body: bytes) -> Usage | None:
         reply = _body(body)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UpstreamBroken("The provider's reply is not a JSON object.", reason="protocol") from error
-    if reply.error is not _ABSENT and bytes(reply.error) != b"null" and _is_bare_error(body):
+    if reply.error is not _ABSENT and bytes(reply.error) not in NO_ERROR and _is_bare_error(body):
         raise UpstreamUnavailable("The provider answered 200 with an error.")
     return None if reply.usage is _ABSENT else usage_of(reply.usage)
 
@@ -282,6 +310,13 @@ def _as_stream(ask: Ask, body: bytes) -> bytes:
         ) from error
 
 
+def _as_base64(body: bytes) -> bytes:
+    try:
+        return floats_to_base64(body)
+    except ValueError as error:
+        raise UpstreamBroken("The provider's reply holds what JSON does not allow.", reason="protocol") from error
+
+
 def _pass_any(raw: bytes, data: bytes) -> Verdict | None:
     """A pass-through stream has no dialect: any event is good."""
     return None
@@ -291,9 +326,11 @@ def _typed(headers: Headers, content_type: bytes) -> Headers:
     return [header for header in headers if header[0] != b"content-type"] + [(b"content-type", content_type)]
 
 
-def _names_usage_option(reply: PlainReply) -> bool:
-    body = reply.body
-    return b"stream_options" in body or b"include_usage" in body
+def _names_usage_option(reply: Reply) -> bool:
+    """A refusal that has to do with the option. Servers that check bodies against a schema say 422."""
+    if not isinstance(reply, PlainReply) or reply.status not in (400, 422):
+        return False
+    return b"stream_options" in reply.body or b"include_usage" in reply.body
 
 
 def _error_object(event: bytes | None) -> dict[str, object] | None:
