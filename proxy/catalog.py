@@ -73,13 +73,16 @@ class Catalog:
             return False
 
     async def _one(self, ask: Ask, tenant: Tenant) -> _Model:
-        target = self._routing.target(ask.model, tenant)
+        try:
+            target = self._routing.target(ask.model, tenant)
+        except NotFound:
+            raise _unknown() from None
         if target.label == ask.model:
             return _entry(ask.model, target.provider)
         for model in await self._list(target.provider, ask):
             if model["id"] == target.model:
                 return {**model, "id": ask.model}
-        raise NotFound(f"The model '{ask.model}' does not exist here.", code="model_not_found", param="model")
+        raise _unknown()
 
     async def _behind(self, route: Route, ask: Ask) -> list[_Model]:
         """The provider's models as this glob's names: what `*` matches there is put where `*` stands here."""
@@ -118,6 +121,13 @@ class Catalog:
         if not isinstance(listed, list):
             return []
         return [model for model in listed if isinstance(model, dict) and isinstance(model.get("id"), str)]
+
+
+def _unknown() -> NotFound:
+    """Does not quote the path: keys end up in paths, and errors in logs."""
+    return NotFound(
+        "That model does not exist here, or this key may not use it.", code="model_not_found", param="model"
+    )
 
 
 def _entry(name: str, provider: str) -> _Model:

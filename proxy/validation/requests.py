@@ -6,6 +6,8 @@ those are read strictly; all others travel unread, so that what a provider learn
 
 Two parsers that disagree about one body are a way to smuggle. Hence: the body is valid UTF-8 from end to end, a
 top-level key stands once, and what we read is exactly what the provider will read.
+
+No message quotes a path or an unknown key: credentials end up in both, and messages in other people's logs.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class _Large(msgspec.Struct):
 
 _large = msgspec.json.Decoder(_Large).decode
 _top_level = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_PLAIN_KEY = re.compile(r"[a-z_]{1,32}")
 _KEY = re.compile(rb'[\s{,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
 
 
@@ -64,7 +67,7 @@ def parse(call: Call, tenant: Tenant, *, tenants_configured: bool) -> Ask:
     dialect = _JSON_ROUTES.get(path)
     if dialect is not None:
         if call.method != "POST":
-            raise _method_not_allowed(call, b"POST")
+            raise _method_not_allowed(b"POST")
         ask = Ask(dialect, path, call)
         _read_body(ask, call.body)
         if dialect == "responses":
@@ -72,12 +75,12 @@ def parse(call: Call, tenant: Tenant, *, tenants_configured: bool) -> Ask:
         return ask
     if path == "/v1/models" or path.startswith("/v1/models/"):
         if call.method not in ("GET", "HEAD"):
-            raise _method_not_allowed(call, b"GET, HEAD")
+            raise _method_not_allowed(b"GET, HEAD")
         route = "/v1/models" if path == "/v1/models" else "/v1/models/{id}"
         return Ask("models", route, call, model=path[len("/v1/models/") :])
     if path.startswith("/v1/responses/") and tenants_configured:
         # The provider keeps these objects by account, not by tenant: nobody remembers yet whose they are.
-        raise NotFound(f"No stored response at {_shown(path)}.", code="unsupported_route")
+        raise NotFound("There is no such stored response.", code="unsupported_route")
     return _passthrough(call, tenant)
 
 
@@ -86,12 +89,12 @@ def _passthrough(call: Call, tenant: Tenant) -> Ask:
         raise InvalidRequest("The path holds an encoded or doubled separator, a dot segment or a control character.")
     if tenant.passthrough is not None and not any(_glob(pattern, call.path) for pattern in tenant.passthrough):
         raise NotFound(
-            f"{_shown(call.path)} is not a route of this gateway. Paths beyond its own are forwarded only where "
+            "This path is not a route of this gateway. Paths beyond its own are forwarded only where "
             "tenants[].passthrough allows them.",
             code="unsupported_route",
         )
     if call.method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
-        raise _method_not_allowed(call, b"GET, HEAD, POST, PUT, PATCH, DELETE")
+        raise _method_not_allowed(b"GET, HEAD, POST, PUT, PATCH, DELETE")
     return Ask("passthrough", "passthrough", call, replayable=call.method in ("GET", "HEAD"))
 
 
@@ -100,15 +103,8 @@ def _glob(pattern: str, path: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), path, re.DOTALL) is not None
 
 
-def _method_not_allowed(call: Call, allow: bytes) -> MethodNotAllowed:
-    return MethodNotAllowed(
-        f"{_shown(call.path)} takes {allow.decode()}, not {_shown(call.method)}.", headers=[(b"allow", allow)]
-    )
-
-
-def _shown(text: str) -> str:
-    """A client's text in our message: printable, and not longer than a line."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
+def _method_not_allowed(allow: bytes) -> MethodNotAllowed:
+    return MethodNotAllowed(f"This path takes {allow.decode()}.", headers=[(b"allow", allow)])
 
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
@@ -204,7 +200,8 @@ def _refuse_duplicates(body: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
         known = memoryview(fields[name])
         position = match.end()
         if name in seen or body[position : position + len(known)] != known:
-            raise InvalidRequest(f"The key {_shown(name)!r} stands twice in the body.", code="invalid_json")
+            which = f"key '{name}'" if _PLAIN_KEY.fullmatch(name) else "same key"
+            raise InvalidRequest(f"The {which} stands twice in the body.", code="invalid_json")
         seen.add(name)
         position += len(known)
 
