@@ -68,7 +68,7 @@ class Pipeline:
             await self._push(reply, meter, out)
 
     def _target(self, ask: Ask, tenant: Tenant) -> Target:
-        if ask.dialect == "passthrough" or not ask.model:
+        if ask.dialect == "passthrough":
             return self.routing.passthrough(tenant)
         return self.routing.target(ask.model, tenant)
 
@@ -83,7 +83,7 @@ class Pipeline:
                 await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
             await out.write(event)
         if not started:
-            await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length or 0)
+            await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
 
 
 class Attempt:
@@ -119,6 +119,8 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._record.upstream_ended = self._clock()
+        if isinstance(error, UpstreamError) and not self._record.first_event:
+            self._explain(error)
         if self._reply is not None:
             await self._reply.aclose()
 
@@ -126,6 +128,7 @@ class Attempt:
         """Adds the list of attempts, and stops SDKs from repeating what was given up on its merits."""
         status = error.details.pop("upstream_status", None)
         self._record.upstream_status = status or 0
+        self._record.upstream_request_id = error.details.pop("upstream_request_id", "")
         attempt: dict[str, Any] = {"target": f"{self._target.provider}/{self._target.model}".rstrip("/")}
         attempt["status"] = status
         attempt["reason"] = getattr(error, "reason", error.code)

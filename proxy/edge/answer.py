@@ -23,6 +23,8 @@ from proxy.errors import ProxyError, StreamInterrupted, UpstreamUnavailable, env
 from proxy.types import Event, Headers, Record
 
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
+_EARLY: Final = 0.002
+"""Seconds by which the loop's timers, which know milliseconds only, may come before their time."""
 _JSON: Final = (b"content-type", b"application/json")
 _STREAM_HEADERS: Final[Headers] = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -206,7 +208,7 @@ class Answer:
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         wait = self._last_write + self._silence - self._clock()
-        if wait <= 0:
+        if wait <= _EARLY:
             wait = self._silence
             if self._beating is None or self._beating.done():  # else the client has not taken the last one yet
                 self._beating = loop.create_task(self._beat())

@@ -11,7 +11,13 @@ from typing import Final
 from proxy.types import Headers
 
 _TO_PROVIDER: Final = frozenset({b"openai-beta", b"idempotency-key", b"x-client-request-id"})
-_TO_PROVIDER_PASSTHROUGH: Final = _TO_PROVIDER | {b"content-type", b"accept", b"range", b"if-none-match"}
+_TO_PROVIDER_PASSTHROUGH: Final = _TO_PROVIDER | {
+    b"content-type",
+    b"content-encoding",
+    b"accept",
+    b"range",
+    b"if-none-match",
+}
 _TO_PROVIDER_OWN_KEY: Final = frozenset({b"openai-organization", b"openai-project"})
 """They name an account: they travel only together with the caller's own key."""
 
@@ -36,6 +42,8 @@ _TO_CLIENT_PASSTHROUGH: Final = _TO_CLIENT | {
 }
 _REQUEST_IDS: Final = (b"x-request-id", b"request-id", b"apim-request-id")
 _RATE_LIMIT: Final = b"x-ratelimit-"
+_UPSTREAM_RATE_LIMIT: Final = b"x-breakwater-upstream-ratelimit-"
+_WAIT: Final = (b"retry-after", b"retry-after-ms", b"x-should-retry")
 
 
 def to_provider(headers: Headers, *, passthrough: bool, own_key: bool) -> Headers:
@@ -54,8 +62,14 @@ def to_client(headers: Headers, *, passthrough: bool) -> Headers:
         if name in allowed:
             kept.append((name, value))
         elif name.startswith(_RATE_LIMIT):
-            kept.append((b"x-breakwater-upstream-ratelimit-" + name[len(_RATE_LIMIT) :], value))
+            kept.append((_UPSTREAM_RATE_LIMIT + name[len(_RATE_LIMIT) :], value))
     return kept
+
+
+def when_to_come_back(headers: Headers) -> Headers:
+    """What a provider's 429 says about its limits and about trying again, for the client."""
+    kept = to_client(headers, passthrough=False)
+    return [header for header in kept if header[0] in _WAIT or header[0].startswith(_UPSTREAM_RATE_LIMIT)]
 
 
 def request_id(headers: Headers) -> str:

@@ -310,13 +310,6 @@ def _as_stream(ask: Ask, body: bytes) -> bytes:
         ) from error
 
 
-def _as_base64(body: bytes) -> bytes:
-    try:
-        return floats_to_base64(body)
-    except ValueError as error:
-        raise UpstreamBroken("The provider's reply holds what JSON does not allow.", reason="protocol") from error
-
-
 def _pass_any(raw: bytes, data: bytes) -> Verdict | None:
     """A pass-through stream has no dialect: any event is good."""
     return None

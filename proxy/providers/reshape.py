@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import re
+import struct
 from collections.abc import Mapping
-from struct import pack
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -18,6 +19,9 @@ import orjson
 
 _encode = msgspec.json.Encoder().encode
 _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
+_CANDIDATES = 16
+"""Each costs a copy of the event, so a hostile one must not hold any number of them."""
+_FLOATS = re.compile(rb'"embedding"\s*:\s*\[')
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|"usage"\s*:\s*null\s*,\s*')
 
 
@@ -48,7 +52,7 @@ def without_null_usage(payload: bytes) -> bytes:
     """A chunk's JSON without its top-level `"usage":null`, otherwise untouched. It must have one."""
     if payload.endswith(b',"usage":null}'):
         return payload[:-14] + b"}"
-    for match in _NULL_USAGE.finditer(payload):
+    for match in islice(_NULL_USAGE.finditer(payload), _CANDIDATES):
         candidate = payload[: match.start()] + payload[match.end() :]
         if _usage(candidate).usage is msgspec.UNSET:
             return candidate
@@ -60,7 +64,7 @@ def floats_to_base64(body: bytes) -> bytes:
 
     Vectors that are no lists of numbers, or hold one beyond float32, stay; so does a body that cannot be read.
     """
-    if b'"embedding"' not in body:
+    if not _FLOATS.search(body):
         return body
     try:
         reply = orjson.loads(body)
@@ -70,10 +74,10 @@ def floats_to_base64(body: bytes) -> bytes:
     changed = False
     for entry in data if isinstance(data, list) else ():
         vector = entry.get("embedding") if isinstance(entry, dict) else None
-        if isinstance(vector, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in vector):
+        if isinstance(vector, list):
             try:
-                packed = pack(f"<{len(vector)}f", *vector)
-            except OverflowError:
+                packed = struct.pack(f"<{len(vector)}f", *vector)
+            except (struct.error, OverflowError):
                 continue
             entry["embedding"] = base64.b64encode(packed).decode()
             changed = True
@@ -114,10 +118,9 @@ def response_to_stream(body: bytes) -> bytes:
     """A whole response as an event stream of its first and its last event. Raises ValueError when it is none."""
     reply = orjson.loads(body)
     status = reply.get("status") if isinstance(reply, dict) else None
-    if not isinstance(status, str):
-        raise ValueError("no response")
-    last = status if status in ("incomplete", "failed") else "completed"
-    events = (("response.created", {**reply, "status": "in_progress"}), (f"response.{last}", reply))
+    if status not in ("completed", "incomplete", "failed"):
+        raise ValueError("no response that is over")
+    events = (("response.created", {**reply, "status": "in_progress"}), (f"response.{status}", reply))
     return b"".join(
         b"event: %s\ndata: %s\n\n"
         % (name.encode(), orjson.dumps({"type": name, "sequence_number": number, "response": response}))

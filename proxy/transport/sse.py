@@ -70,9 +70,14 @@ class Splitter:
         return block
 
     @property
+    def rest(self) -> bytes:
+        """The bytes behind the last complete event."""
+        return bytes(self._held)
+
+    @property
     def held(self) -> bytes:
         """The incomplete event at the end, if any. Line ends alone are none."""
-        return bytes(self._held).strip(b"\r\n")
+        return self.rest.strip(b"\r\n")
 
 
 def _last_boundary(data: bytearray, start: int) -> int:

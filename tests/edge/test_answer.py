@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
-from proxy.edge.exchange import Exchange
+from proxy.edge.answer import Answer
+from proxy.edge.connection import Connection
 from tests.e2e.scene import scene
 from tests.transport.servers import Peer
 
@@ -31,7 +33,7 @@ async def test_they_come_again_and_again_for_as_long_as_the_silence_lasts() -> N
         client.close()
 
 
-class Ticking(Exchange):
+class Ticking(Answer):
     """Counts how often it looks whether a keep-alive is due."""
 
     ticks = 0
@@ -42,20 +44,20 @@ class Ticking(Exchange):
 
 
 async def test_silence_costs_one_look_each_time_also_when_the_client_takes_nothing() -> None:
-    async with scene(says_nothing, silence=SILENCE) as there:
-        loop = asyncio.get_running_loop()
-        taken = asyncio.Event()
+    taken = asyncio.Event()
 
-        async def send(message: Any) -> None:
-            await taken.wait()
+    async def send(message: Any) -> None:
+        await taken.wait()
 
-        scope = {"extensions": {"breakwater": None}, "headers": []}
-        exchange = Ticking(there.stack.running.gateway.service, "/v1/chat/completions", scope, None, send)
-        started = loop.time()
-        exchange.expect_stream()
-        async with asyncio.timeout(20):
-            while exchange.ticks < 20:
-                await asyncio.sleep(SILENCE / 4)
-        assert loop.time() - started >= 10 * SILENCE
-        exchange._stop_beats()
-        taken.set()
+    connection = Connection(asyncio.Transport())
+    answer = Ticking(
+        send, connection, request_id="r", traceparent="t", trailer=False, clock=time.monotonic, silence=SILENCE
+    )
+    started = time.monotonic()
+    answer.expect_stream()
+    async with asyncio.timeout(20):
+        while answer.ticks < 20:
+            await asyncio.sleep(SILENCE / 4)
+    assert time.monotonic() - started >= 10 * SILENCE
+    taken.set()
+    answer.close()
