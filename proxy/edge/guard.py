@@ -27,6 +27,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from proxy.edge.connection import Connection, LostReason
+from proxy.edge.cycle import Cycle
 from proxy.edge.head import Limits, Target
 from proxy.edge.reader import BODY, HEAD, IDLE, Reader, Stop
 from proxy.edge.refusals import BODY_TIMEOUT, BODY_TOO_LARGE, CHUNK_FRAMING, HEAD_TIMEOUT, render
@@ -160,7 +161,7 @@ class GuardedProtocol(HttpToolsProtocol):
             "server": self.server,
             "extensions": self._extensions,
         }
-        cycle = self.cycle = RequestResponseCycle(
+        cycle = self.cycle = Cycle(
             scope=self.scope,
             transport=self.transport,
             flow=self.flow,
