@@ -5,8 +5,8 @@ Only the proxy's port is a free one. The mock's is written in the file: the test
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from tests.e2e.stack import ServeProcess, serving
-from tests.e2e.upstreams import MockProcess, mock_process
+from tests.e2e.upstreams import PATIENCE, MockProcess, PortTaken, mock_process
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"
 MOCK_PORT = 8089
@@ -24,27 +24,20 @@ CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "c
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"q": {}}}}}]
 
 
-def taken(port: int, patience: float = 20.0) -> bool:
-    """Whether somebody keeps the port. Another run of these tests will soon give it back."""
-    deadline = time.monotonic() + patience
-    while True:
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                if time.monotonic() > deadline:
-                    return True
-            else:
-                return False
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def mock() -> Iterator[MockProcess]:
-    if taken(MOCK_PORT):
-        pytest.skip(f"127.0.0.1:{MOCK_PORT}, which the example names, is taken by another program")
-    with mock_process(MOCK_PORT) as one:
+    """Another run of these tests soon gives the port back; another program may keep it."""
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                one = stack.enter_context(mock_process(MOCK_PORT))
+            except PortTaken:
+                if time.monotonic() > deadline:
+                    pytest.skip(f"127.0.0.1:{MOCK_PORT}, which the example names, is taken by another program")
+                time.sleep(0.1)
+            else:
+                break
         yield one
 
 

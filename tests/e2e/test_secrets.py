@@ -207,18 +207,19 @@ def upstream() -> Iterator[Server]:
 
 @contextlib.contextmanager
 def scene(upstream: Server, *credentials: str, **config: Any) -> Iterator[Scene]:
-    timeouts = {"connect_ms": 700, "total_ms": 400, "idle_ms": 400}
-    to_it = {"kind": "openai", "base_url": base_url(upstream), "timeouts": timeouts}
-    nowhere = {"kind": "openai", "api_key": CONFIGURED["provider key"], "timeouts": timeouts}
+    to_it = {"kind": "openai", "base_url": base_url(upstream)}
+    nowhere = {"kind": "openai", "api_key": CONFIGURED["provider key"]}
+    impatient = {"timeouts": {"connect_ms": 400, "total_ms": 400, "idle_ms": 400}}
     closed = f"127.0.0.1:{refusing().port}"
     password = f"http://user:{CONFIGURED['egress password']}@{closed}"
     providers = {
         "up": {**to_it, "api_key": CONFIGURED["provider key"]},
         "formless": {**to_it, "api_key": CONFIGURED["provider key of no form"]},
+        "quick": {**to_it, "api_key": CONFIGURED["provider key"], **impatient},
         "h2": {**to_it, "api_key": CONFIGURED["provider key"], "transport": "httpx"},
         "refused": {**nowhere, "base_url": f"http://{closed}/v1"},
         "unknown": {**nowhere, "base_url": "https://no-such-host.invalid/v1"},
-        "tls": {**nowhere, "base_url": f"https://127.0.0.1:{upstream.port}/v1"},
+        "tls": {**nowhere, **impatient, "base_url": f"https://127.0.0.1:{upstream.port}/v1"},
         "egress": {**nowhere, "base_url": "https://192.0.2.1/v1", "transport": "httpx", "egress_proxy": password},
     }
     models = [{"name": "*", "targets": ["up/*"]}]
@@ -281,14 +282,14 @@ FAILURES = {
 }
 """The same for a stream: nothing was forwarded yet."""
 PLAIN = {
-    "stall": (504, "upstream_timeout"),
+    "quick/stall": (504, "upstream_timeout"),
     "cut": (503, "upstream_unavailable"),
     "garbage": (503, "upstream_unavailable"),
     "h2/cut": (503, "upstream_unavailable"),
     "h2/garbage": (503, "upstream_unavailable"),
 }
 STREAMED = {
-    "stall": "stream_interrupted",
+    "quick/stall": "stream_interrupted",
     "cut": "stream_interrupted",
     "garbage": "stream_interrupted",
     "h2/garbage": "stream_interrupted",
