@@ -7,6 +7,7 @@ pushed to `out` inside of it, by one path for streamed and plain replies: a plai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -64,8 +65,9 @@ class Pipeline:
             record.stream = True
             out.expect_stream()
         attempt = Attempt(self.providers[target.provider], ask, target, record, self.clock)
-        async with Metered(self.counter, ask, target, record) as meter, attempt as reply:  # 429, 503, 504
-            await self._push(reply, meter, out)
+        with Metered(self.counter, ask, target, out) as meter:
+            async with attempt as reply:  # 429, 503, 504
+                await self._push(reply, meter, out)
 
     def _target(self, ask: Ask, tenant: Tenant) -> Target:
         if ask.dialect == "passthrough":
@@ -142,18 +144,20 @@ class Metered:
     """What one reply costs in tokens: the provider's figures where it gives them, counted and marked otherwise.
 
     The last usage seen wins (some servers send a running total with every chunk). Written to the record on every way
-    out: a hang-up or a cut leaves an estimate of what was forwarded.
+    out: a hang-up or a cut leaves an estimate of what was forwarded. Counting can take its time, so it is done
+    afterwards.
     """
 
-    def __init__(self, counter: Counter, ask: Ask, target: Target, record: Record) -> None:
+    def __init__(self, counter: Counter, ask: Ask, target: Target, out: Out) -> None:
         self._counter = counter
         self._ask = ask
         self._target = target
-        self._record = record
+        self._out = out
+        self._record = out.record
         self._meter: Meter | None = Meter() if ask.dialect != "passthrough" else None
         self._seen = False
 
-    async def __aenter__(self) -> Metered:
+    def __enter__(self) -> Metered:
         return self
 
     def see(self, event: Event) -> None:
@@ -163,13 +167,15 @@ class Metered:
         elif self._meter is not None:
             self._meter.see(event.data)
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         record = self._record
-        if self._meter is None or not self._seen or record.usage is not None or record.upstream_status >= 300:
-            return
+        if self._meter is not None and self._seen and record.usage is None and record.upstream_status < 300:
+            self._out.afterwards(partial(self._estimate, self._meter))
+
+    async def _estimate(self, meter: Meter) -> None:
         encoding = encoding_of(self._target.model)
         prompt = await self._counter.count_prompt(self._ask.dialect, self._ask.fields, encoding)
-        output = await self._meter.output_tokens(self._counter, encoding)
-        record.usage = Usage(prompt, output, estimated=True)
+        output = await meter.output_tokens(self._counter, encoding)
+        self._record.usage = Usage(prompt, output, estimated=True)

@@ -14,7 +14,7 @@ Units: times are seconds as floats (or carry `_ms`), sizes are bytes, header nam
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
@@ -187,3 +187,6 @@ class Out(Protocol):
 
     async def write(self, event: Event) -> None:
         """One event's bytes; waits while the client's buffer is full."""
+
+    def afterwards(self, job: Callable[[], Awaitable[None]]) -> None:
+        """`job` is run once the client has its last byte, or can get none: no answer waits for the books."""

@@ -55,6 +55,8 @@ class Answer:
         self.bytes_out = 0
         self.complete = False
         """The client has its last byte."""
+        self.left_to_do: list[Callable[[], Awaitable[None]]] = []
+        """Once it has."""
         self._send = send
         self._connection = connection
         self._request_id = request_id
@@ -126,6 +128,9 @@ class Answer:
             facts["usage_total"] = record.usage.total
         comment = b": breakwater " + orjson.dumps(facts) + b"\n\n"
         return event.data[: -event.terminator] + comment + event.data[-event.terminator :]
+
+    def afterwards(self, job: Callable[[], Awaitable[None]]) -> None:
+        self.left_to_do.append(job)
 
     # --- ends -------------------------------------------------------------------------------------------------------
 

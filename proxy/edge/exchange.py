@@ -79,6 +79,7 @@ class Exchange:
         self._task: asyncio.Task[Any] | None = None
         self._reason: Reason | None = None
         self._bytes_in = 0
+        self._ended = 0.0
 
     # --- the task ---------------------------------------------------------------------------------------------------
 
@@ -87,13 +88,16 @@ class Exchange:
         self._task = asyncio.current_task()
         self._connection.on_lost(self._lost)
         try:
-            await self._serve()
-        except asyncio.CancelledError:
-            if self._reason is None or self._task is None:
-                self._answer.status, self._answer.error_code = CLIENT_LEFT, "cancelled"
-                raise
-            self._task.uncancel()
-            await self._cancelled(self._reason)
+            try:
+                await self._serve()
+            except asyncio.CancelledError:
+                if self._reason is None or self._task is None:
+                    self._answer.status, self._answer.error_code = CLIENT_LEFT, "cancelled"
+                    raise
+                self._task.uncancel()
+                await self._cancelled(self._reason)
+            if self._answer.left_to_do:
+                await self._finish()
         finally:
             self._connection.off_lost(self._lost)
             self._answer.close()
@@ -112,15 +116,20 @@ class Exchange:
         except ProxyError as error:
             await self._answer.fail(error)
         except Exception as error:  # the boundary of our own faults: answered, logged whole, never the client's to see
-            self._service.bus.emit(
-                InternalFault(
-                    request_id=self._request_id,
-                    trace_id=self._traceparent[3:35],
-                    where="serving a request",
-                    exc=error,
-                )
-            )
+            self._report("serving a request", error)
             await self._answer.fail(InternalError())
+
+    async def _finish(self) -> None:
+        self._ended = self._service.clock()  # what follows is nobody's waiting time
+        for job in self._answer.left_to_do:
+            try:
+                await job()
+            except Exception as error:  # the answer was given: what is wrong with the books is for the log
+                self._report("keeping the books of a request", error)
+
+    def _report(self, where: str, error: Exception) -> None:
+        trace_id = self._traceparent[3:35]
+        self._service.bus.emit(InternalFault(request_id=self._request_id, trace_id=trace_id, where=where, exc=error))
 
     def _lost(self, reason: LostReason) -> None:
         """The connection is gone, or the guard has refused the rest of the request."""
@@ -181,7 +190,7 @@ class Exchange:
     def _emit(self) -> None:
         answer = self._answer
         record = answer.record
-        ended = self._service.clock()
+        ended = self._ended or self._service.clock()
         trace_id = self._traceparent[3:35]
         if record.attempts == 0 and answer.status >= 400 and answer.status != CLIENT_LEFT and answer.error_code:
             self._service.bus.emit(

@@ -1,0 +1,133 @@
+"""What a client hears never waits for our books, and the books are kept all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from proxy.observability.events import InternalFault, RequestFinished
+from proxy.tokens.count import Counter
+from proxy.tokens.vocabularies import VocabularyError
+from tests.e2e.scene import END, SSE, Scene, chunk, piece_of, scene
+from tests.transport.servers import Peer
+
+pytestmark = pytest.mark.anyio
+
+LONG = [{"role": "user", "content": "many words " * 4000}]
+"""Too long to be counted on the loop."""
+
+
+async def begins(peer: Peer) -> None:
+    await peer.request()
+    await peer.send(SSE + chunk(piece_of("one")))
+    await peer.gone()
+
+
+async def breaks(peer: Peer) -> None:
+    await peer.request()
+    await peer.send(SSE + chunk(piece_of("one")))
+    peer.fin()
+
+
+async def ends(peer: Peer) -> None:
+    await peer.request()
+    await peer.send(SSE + chunk(piece_of("one")) + chunk(b"data: [DONE]\n\n") + END)
+    await peer.gone()
+
+
+@contextlib.contextmanager
+def counting_held_up(there: Scene) -> Iterator[threading.Event]:
+    """The thread that counts is busy until the event is set."""
+    release = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(release.wait, 60)
+        there.stack.running.gateway.service.pipeline.counter = Counter(executor=executor)
+        try:
+            yield release
+        finally:
+            release.set()
+
+
+async def test_at_a_shutdown_every_stream_hears_of_it_first() -> None:
+    async with scene(begins) as there:
+        with counting_held_up(there) as release:
+            clients = [await there.client() for _ in range(3)]
+            for client in clients:
+                client.ask(stream=True, messages=LONG)
+                await client.head()
+                await client.read_until(b"one")
+            there.stack.server.stop()
+            for client in clients:
+                assert b'"code":"stream_interrupted"' in await client.rest()
+            assert there.stack.outcomes() == []
+            release.set()
+            for outcome in await there.over(3):
+                assert isinstance(outcome, RequestFinished)
+                assert outcome.usage is not None
+                assert outcome.usage.estimated
+                assert outcome.usage.input > 8000
+            for client in clients:
+                client.close()
+
+
+@pytest.mark.parametrize(("script", "last"), [(breaks, b'"code":"stream_interrupted"'), (ends, b"data: [DONE]\n\n")])
+async def test_a_stream_ends_before_it_is_counted(script: object, last: bytes) -> None:
+    async with scene(script) as there:  # type: ignore[arg-type]
+        with counting_held_up(there) as release:
+            started = time.monotonic()
+            client = await there.client()
+            client.ask(stream=True, messages=LONG)
+            await client.head()
+            assert last in await client.rest()
+            assert there.stack.outcomes() == []
+            answered = time.monotonic()
+            await asyncio.sleep(0.05)
+            release.set()
+            (outcome,) = await there.over()
+            assert isinstance(outcome, RequestFinished)
+            assert outcome.usage is not None
+            assert outcome.usage.output == 1
+            assert outcome.duration < answered - started
+            client.close()
+
+
+class Damaged(Counter):
+    """As on an installation whose rank files are damaged."""
+
+    async def count_prompt(self, *args: object) -> int:
+        raise VocabularyError("damaged")
+
+
+async def test_what_goes_wrong_in_the_books_is_logged_and_harms_no_answer() -> None:
+    async with scene(ends) as there:
+        there.stack.running.gateway.service.pipeline.counter = Damaged()
+        client = await there.client()
+        client.ask(stream=True)
+        assert (await client.head())[0] == 200
+        assert (await client.rest()).endswith(b"data: [DONE]\n\n")
+        (outcome,) = await there.over()
+        assert (outcome.status, isinstance(outcome, RequestFinished)) == (200, True)
+        (fault,) = [event for event in there.stack.events if isinstance(event, InternalFault)]
+        assert fault.request_id == outcome.request_id
+        client.close()
+
+
+async def test_who_leaves_is_counted_as_well() -> None:
+    async with scene(begins) as there:
+        with counting_held_up(there) as release:
+            client = await there.client()
+            client.ask(stream=True, messages=LONG)
+            await client.head()
+            await client.read_until(b"one")
+            client.reset()
+            await asyncio.sleep(0)
+            release.set()
+            (outcome,) = await there.over()
+            assert isinstance(outcome, RequestFinished)
+            assert (outcome.status, outcome.usage is not None) == (499, True)
