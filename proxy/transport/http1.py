@@ -61,16 +61,16 @@ class Http1Transport:
         origin = request.origin
         site = self._sites.get((origin.scheme, origin.host, origin.port)) or self._open_site(origin)
         head = request_head(request, site.authority)
-        connection = site.pool.reuse()
+        connection = site.pool.reuse() if request.replayable else _reuse_silent(site.pool)
         if connection is None:
-            connection = await self._acquire(site, deadline)
+            connection = await self._acquire(site, deadline, replayable=request.replayable)
         head_only = request.method == b"HEAD"
         response = Http1Response(connection, head_only=head_only)
         connection.start(response, head, request.body)
         try:
             await response.head(deadline)
         except UpstreamBroken:
-            if not (response.unsent or (response.stale and request.replayable)):
+            if not (response.stale and request.replayable):
                 raise
             connection = await self._replace(site, deadline)
             response = Http1Response(connection, head_only=head_only)
@@ -98,11 +98,11 @@ class Http1Transport:
         site = self._sites[origin.scheme, origin.host, origin.port] = _Site(origin, pool, tls)
         return site
 
-    async def _acquire(self, site: _Site, deadline: float) -> Connection:
+    async def _acquire(self, site: _Site, deadline: float, *, replayable: bool) -> Connection:
         """A connection with its slot: one that is given back meanwhile, or a new one."""
         connection = await site.pool.acquire(deadline)
         if connection is not None:
-            if connection.usable():
+            if connection.usable() and (replayable or connection.silent()):
                 return connection
             connection.abort()
         return await self._connect(site, deadline)
@@ -127,6 +127,16 @@ class Http1Transport:
             site.pool.free()
             raise
         return connection
+
+
+def _reuse_silent(pool: Pool[Connection]) -> Connection | None:
+    """For a request that must not be sent twice: an idle connection that not even the kernel knows to be dead."""
+    while (connection := pool.reuse()) is not None:
+        if connection.silent():
+            return connection
+        connection.abort()
+        pool.free()
+    return None
 
 
 def _check(transport: asyncio.Transport, tls: bool) -> None:
