@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from proxy.errors import NotFound
-from proxy.types import Target, Tenant
+from proxy.types import OTHER, Target, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Routing:
         provider = self.providers[0]
         if tenant.providers is not None and provider not in tenant.providers:
             raise NotFound("This key may not use the provider that serves this path.", code="unsupported_route")
-        return Target(provider, "", "")
+        return Target(provider, "", OTHER)
 
 
 def allows(tenant: Tenant, model: str, target: Target) -> bool:

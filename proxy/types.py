@@ -85,7 +85,7 @@ class Target:
     provider: str
     model: str
     label: str
-    """The configured model name or glob that matched: the `model` label of metrics."""
+    """The configured model name or glob that matched, or `other`: the `model` label of metrics."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,8 @@ class Side:
                 if not self._admin_keys.accept(scope["headers"]):
                     raise InvalidKey
                 if self._admin is None:
-                    self._admin = self._build_admin()
+                    # A third of a second of imports, which must not stand in the way of everybody's streams.
+                    self._admin = await asyncio.to_thread(self._build_admin)
                 await self._admin(scope, receive, _with_ids(scope, send))
             else:
                 raise NotFound("There is nothing here. The API is under /v1.")

@@ -27,6 +27,7 @@ from proxy.errors import (
 from proxy.observability.events import Bus, InternalFault, RequestFinished, RequestRefused
 from proxy.pipeline import Pipeline
 from proxy.types import Call
+from proxy.validation.requests import route_of
 
 CLIENT_LEFT: Final = 499
 Reason = LostReason | Literal["shutdown"]
@@ -78,6 +79,7 @@ class Exchange:
         )
         self._task: asyncio.Task[Any] | None = None
         self._reason: Reason | None = None
+        self._answer.record.route = route_of(path)
         self._bytes_in = 0
         self._ended = 0.0
 

@@ -61,6 +61,13 @@ _PLAIN_KEY = re.compile(r"[a-z_]{1,32}")
 _KEY = re.compile(rb'[\s{,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
 
 
+def route_of(path: str) -> str:
+    """The label of a path, whatever becomes of the request; `unmatched` for all that is not a route of our own."""
+    if path in _JSON_ROUTES or path == "/v1/models":
+        return path
+    return "/v1/models/{id}" if path.startswith("/v1/models/") else "unmatched"
+
+
 def parse(call: Call, tenant: Tenant, *, tenants_configured: bool) -> Ask:
     """What `call` asks for. Raises InvalidRequest, NotFound, MethodNotAllowed."""
     path = call.path
@@ -76,8 +83,7 @@ def parse(call: Call, tenant: Tenant, *, tenants_configured: bool) -> Ask:
     if path == "/v1/models" or path.startswith("/v1/models/"):
         if call.method not in ("GET", "HEAD"):
             raise _method_not_allowed(b"GET, HEAD")
-        route = "/v1/models" if path == "/v1/models" else "/v1/models/{id}"
-        return Ask("models", route, call, model=path[len("/v1/models/") :])
+        return Ask("models", route_of(path), call, model=path[len("/v1/models/") :])
     if path.startswith("/v1/responses/") and tenants_configured:
         # The provider keeps these objects by account, not by tenant: nobody remembers yet whose they are.
         raise NotFound("There is no such stored response.", code="unsupported_route")

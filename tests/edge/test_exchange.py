@@ -131,3 +131,24 @@ async def test_who_leaves_is_counted_as_well() -> None:
             (outcome,) = await there.over()
             assert isinstance(outcome, RequestFinished)
             assert (outcome.status, outcome.usage is not None) == (499, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "route", "model"),
+    [
+        ("POST /v1/chat/completions", "/v1/chat/completions", "other"),  # without a body
+        ("GET /embeddings/", "/v1/embeddings", "other"),
+        ("POST /v1/models", "/v1/models", "other"),
+        ("GET /v1/models/none", "/v1/models/{id}", "other"),
+        ("TRACE /v1/files", "unmatched", "other"),
+        ("GET /v1/files", "passthrough", "other"),
+    ],
+)
+async def test_every_end_is_counted_at_its_route(line: str, route: str, model: str) -> None:
+    async with scene(breaks) as there:
+        client = await there.client()
+        client.send(f"{line} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        await client.head()
+        (outcome,) = await there.over()
+        assert (outcome.route, outcome.model) == (route, model)
+        client.close()
