@@ -270,6 +270,7 @@ GOOD_ONES = {
     "dots that are no segment": (get(b"/v1/models/gpt-4.1..x"), {"path": "/v1/models/gpt-4.1..x"}),
     "dots in the query": (get(b"/x?a=/../%2e%00"), {"path": "/x"}),
     "Host of an IPv6 address": (b"GET /x HTTP/1.1\r\nHost: [::1]:8080\r\n\r\n", {"path": "/x"}),
+    "Host with blanks after it": (b"GET /x HTTP/1.1\r\nHost: a:80 \t\r\n\r\n", {"path": "/x"}),
     "HTTP/1.0 without Host": (b"GET /x HTTP/1.0\r\n\r\n", {"path": "/x"}),
     "line ends before the request": (b"\r\n\r\n" + GOOD, {"path": "/control"}),
     "100 headers": (get(b"/x", *[b"a: b"] * 99), {"path": "/x"}),

@@ -171,13 +171,10 @@ def test_a_client_that_does_not_read_cannot_hold_the_process() -> None:
 
 
 def test_the_last_bytes_of_an_interrupted_stream_still_leave() -> None:
-    with process("0", "0") as server, server.wire() as slow:
-        slow.send(b"GET /flood HTTP/1.1\r\nHost: a\r\n\r\n")
-        slow.until(b"data: tick\n\n")
+    with process("0", "0") as server, server.stream("/burst") as stream:
         server.signal()
-        assert [server.line(), server.line()] == ["draining", "interrupting 1"]
-        assert slow.rest().endswith(b"data: error\n\n\r\n0\r\n\r\n")
-        assert server.end() == (0, "served\n", "")
+        assert stream.rest().endswith(b"data: error\n\n\r\n0\r\n\r\n")
+        assert server.end() == (0, "draining\ninterrupting 1\nserved\n", "")
 
 
 def test_each_listener_has_its_port_and_its_headers() -> None:
@@ -189,6 +186,17 @@ def test_each_listener_has_its_port_and_its_headers() -> None:
                 assert answer.status == 200
                 assert answer.headers["date"].endswith(" GMT")
                 assert "server" not in answer.headers
+
+
+def test_the_date_is_kept() -> None:
+    with process("0", FAR) as server, server.wire() as wire:
+
+        def date() -> str:
+            wire.send(b"GET /readyz HTTP/1.1\r\nHost: a\r\n\r\n")
+            return wire.answer().headers["date"]
+
+        first = date()
+        eventually(lambda: date() != first)
 
 
 def test_a_port_in_use_is_one_clear_line() -> None:
