@@ -58,7 +58,7 @@ STREAMS = [
     b"POST /a HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
     b"5;x=y\r\nhello\r\n1\r\n!\r\n0\r\nHost: b\r\nX-T: t\r\n\r\n"
     b"GET /b HTTP/1.1\r\nhOST: a\r\nEmpty:\r\n\r\n",
-    b"POST /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 900 + b"0\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n",
     b"GET /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\nwhatever follows is ignored",
 ]
 FAULTY = [
