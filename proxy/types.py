@@ -90,7 +90,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whose request it is, and what it may do. Globs are `fnmatch` patterns; None means no restriction."""
+    """Whose request it is, and what it may do. None means no restriction. Globs of models are `fnmatch` patterns, in those
+    of paths only `*` is special."""
 
     name: str
     models: Sequence[str] | None = None

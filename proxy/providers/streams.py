@@ -7,7 +7,7 @@ usage chunk is left out and `,"usage":null` cut from the others.
 A stream ends in exactly one of three ways::
 
     terminator    chat, completions: [DONE]      responses: response.completed | .incomplete | .failed
-    error event   the provider's own, if every SDK raises on it, else StreamInterrupted
+    error event   the provider's own, where clients of its API know it (see errors.StreamInterrupted)
     StreamInterrupted   it stopped early, died, stalled, or sent what is no event of the dialect
 """
 
