@@ -164,9 +164,9 @@ class UpstreamRateLimited(UpstreamError):
 class StreamInterrupted(UpstreamError):
     """Only ever an SSE event, the last one of its stream.
 
-    `event` is the provider's own error event, complete, where it sent one that clients of its API know: an error object,
-    on which every SDK raises, or the flat `error` event of a response, which SDKs hand to the application. Else ours is
-    written.
+    `event` is the provider's own error event, complete, where it sent one that clients of its API know: an error
+    object, on which every SDK raises, or the flat `error` event of a response, which SDKs hand to the application. Else
+    ours is written.
     """
 
     code = "stream_interrupted"

@@ -90,8 +90,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whose request it is, and what it may do. None means no restriction. Globs of models are `fnmatch` patterns, in those
-    of paths only `*` is special."""
+    """Whose request it is, and what it may do. None means no restriction.
+
+    Globs of models are `fnmatch` patterns, in those of paths only `*` is special.
+    """
 
     name: str
     models: Sequence[str] | None = None
