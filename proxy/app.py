@@ -111,6 +111,7 @@ def create_app(
         body_bytes=listen.max_body_bytes,
         head_seconds=listen.header_timeout_ms / 1000,
         body_seconds=listen.body_timeout_ms / 1000,
+        write_seconds=listen.write_timeout_ms / 1000,
         keep_alive_seconds=listen.keep_alive_ms / 1000,
     )
     return Running(gateway, side, limits, metrics, providers, executor)

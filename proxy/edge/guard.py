@@ -18,7 +18,10 @@ running one is told through its `Connection`.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
+from fcntl import ioctl
+from termios import TIOCOUTQ
 from typing import Any, Final, NoReturn
 
 from uvicorn.config import Config
@@ -57,6 +60,8 @@ class GuardedProtocol(HttpToolsProtocol):
         "_reader",
         "_refused",
         "_running",
+        "_stall",
+        "_unsent",
         "_watch",
         "_wrapped",
     )
@@ -75,6 +80,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.parser = None  # type: ignore[assignment]  # the reader has one
         self._reader = Reader(self, limits)
         self._watch = Watch(self.loop, self._due)
+        self._stall: Watch | None = None
+        self._unsent = 0  # bytes of the answer that waited for the client when it was last looked at
         self._limits = limits
         self._refused = refused
         self._wrapped: Callable[[Any, Any, Any], Awaitable[None]] = self.app
@@ -95,6 +102,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._deaf = True
         self._watch.close()
+        if self._stall is not None:
+            self._stall.close()
         self._reader.close()
         self.pipeline.clear()
         super().connection_lost(exc)
@@ -136,6 +145,33 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse_body(BODY_TIMEOUT, "body_timeout")
         else:
             self.transport.close()  # nothing was asked, nothing is answered
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unsent = self._waiting_bytes()
+        if self._stall is None:
+            self._stall = Watch(self.loop, self._stalled)
+        self._stall.within(self._limits.write_seconds)
+
+    def resume_writing(self) -> None:
+        if self._stall is not None:
+            self._stall.deadline = NEVER
+        super().resume_writing()
+
+    def _stalled(self) -> None:
+        """A client that takes its answer slowly is served; one that takes none of it holds a provider for nothing."""
+        assert self._stall is not None
+        unsent = self._waiting_bytes()
+        if unsent < self._unsent:
+            self._unsent = unsent
+            self._stall.within(self._limits.write_seconds)
+        else:
+            self.transport.abort()
+
+    def _waiting_bytes(self) -> int:
+        """What the client has not acknowledged: ours and the kernel's, which is megabytes and moves in large steps."""
+        queued = ioctl(self.transport.get_extra_info("socket").fileno(), TIOCOUTQ, b"\0\0\0\0")
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     # --- the reader's side ------------------------------------------------------------------------------------------
 

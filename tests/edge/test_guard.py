@@ -796,3 +796,46 @@ def test_abort_cuts_the_connection() -> None:
         assert not wire.rest().endswith(b"\r\n0\r\n\r\n")
         eventually(lambda: site.lost)
         assert site.lost == ["gone"]
+
+
+def narrow(site: Site) -> Wire:
+    """A client with a small receive buffer, so that little of an answer is out of our hands."""
+    wire = site.wire()
+    wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    return wire
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_cut() -> None:
+    with serving(pieces, Limits(write_seconds=0.5)) as site, narrow(site) as wire:
+        wire.send(GOOD)
+        eventually(lambda: site.lost == ["gone"])
+
+
+def test_a_client_that_takes_its_answer_slowly_is_served() -> None:
+    with serving(pieces, Limits(write_seconds=0.5)) as site, narrow(site) as wire:
+        wire.send(GOOD)
+        wire.until(b"\r\n\r\n")
+        started = time.monotonic()
+        while time.monotonic() - started < 2.0:
+            wire.exactly(2000)
+            time.sleep(0.02)
+        assert site.lost == []
+
+
+async def pieces(site: Site, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """An answer without end, written as fast as the client takes it."""
+    connection: Connection = scope["extensions"]["breakwater"]
+    task = asyncio.current_task()
+    assert task is not None
+
+    def tell(reason: str) -> None:
+        site.lost.append(reason)
+        task.cancel()
+
+    connection.on_lost(tell)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    try:
+        while True:
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+    except asyncio.CancelledError:
+        pass
