@@ -6,7 +6,7 @@ pushed to `out` inside of it, by one path for streamed and plain replies: a plai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
@@ -49,11 +49,15 @@ class Pipeline:
         self.tenants_configured = tenants_configured
         self.clock = clock
 
-    async def handle(self, call: Call, out: Out) -> None:
-        """Serves `call` into `out`. Raises ProxyError; before or after the first forwarded event, `out` knows which."""
+    async def handle(self, call: Call, read: Callable[[], Awaitable[bytes]], out: Out) -> None:
+        """Serves `call`, whose body is still to be `read`, into `out`.
+
+        Raises ProxyError; before or after the first forwarded event, `out` knows which.
+        """
         record = out.record
         tenant = self.tenants.identify(call)  # 401, 403
         record.tenant = tenant.name
+        call.body = await read()  # 413; nobody without a key makes us hold a byte of it
         ask = requests.parse(call, tenant, tenants_configured=self.tenants_configured)  # 400, 404, 405
         record.route = ask.route
         if ask.dialect == "models":

@@ -31,7 +31,7 @@ OTHER: Final = "other"
 
 @dataclass(slots=True)
 class Call:
-    """One client request, complete, as it reached us. Nothing in it is interpreted yet."""
+    """One client request as it reached us. Nothing in it is interpreted yet."""
 
     method: str
     path: str
@@ -41,6 +41,7 @@ class Call:
     query: bytes
     headers: Headers
     body: bytes
+    """Empty until it was read: only for those who may ask at all."""
     request_id: str
     traceparent: str
     """Of the span that we opened for this request: forwarded upstream and returned to the client."""
@@ -122,20 +123,17 @@ class Usage:
         return self.input + self.output
 
 
-class Event:
+class Event(msgspec.Struct, gc=False):
     """One push to the client.
 
     Of a plain reply: its whole body. Of a stream: one or more complete SSE events, as one read brought them.
     Of a pass-through: whatever one read brought.
     """
 
-    __slots__ = ("data", "terminator", "usage")
-
-    def __init__(self, data: bytes, usage: Usage | None = None, terminator: int = 0) -> None:
-        self.data = data
-        self.usage = usage
-        self.terminator = terminator
-        """Bytes at the end of `data` that are the stream's terminator; 0 while it goes on."""
+    data: bytes
+    usage: Usage | None = None
+    terminator: int = 0
+    """Bytes at the end of `data` that are the stream's terminator; 0 while it goes on."""
 
 
 class Reply(Protocol):

@@ -112,8 +112,7 @@ class Exchange:
                     "The gateway has as many requests in flight as it may (listen.max_in_flight).",
                     headers=[(b"retry-after", b"1")],
                 )
-            call = await self._read()
-            await self._service.pipeline.handle(call, self._answer)
+            await self._service.pipeline.handle(self._call(), self._read, self._answer)
             await self._answer.end()
         except ProxyError as error:
             await self._answer.fail(error)
@@ -162,10 +161,24 @@ class Exchange:
         else:
             self._answer.status, self._answer.error_code = _ANSWERED_BY_GUARD[reason]
 
-    async def _read(self) -> Call:
+    def _call(self) -> Call:
         scope = self._scope
+        return Call(
+            scope["method"],
+            self._path,
+            _with_prefix(scope["path"], scope["raw_path"]),
+            scope["query_string"],
+            scope["headers"],
+            b"",
+            self._request_id,
+            self._traceparent,
+            scope["client"][0] if scope["client"] else "",
+        )
+
+    async def _read(self) -> bytes:
+        """The whole body. Raises RequestTooLarge."""
         message = await self._receive()
-        body = message.get("body", b"")
+        body: bytes = message.get("body", b"")
         if message.get("more_body"):
             pieces = [body]
             while message.get("more_body"):
@@ -175,17 +188,7 @@ class Exchange:
         self._bytes_in = len(body)
         if len(body) > self._service.max_body_bytes:
             raise RequestTooLarge(f"The body is larger than {self._service.max_body_bytes} bytes.")
-        return Call(
-            scope["method"],
-            self._path,
-            _with_prefix(scope["path"], scope["raw_path"]),
-            scope["query_string"],
-            scope["headers"],
-            body,
-            self._request_id,
-            self._traceparent,
-            scope["client"][0] if scope["client"] else "",
-        )
+        return body
 
     # --- the one event ----------------------------------------------------------------------------------------------
 

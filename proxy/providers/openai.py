@@ -32,7 +32,7 @@ from proxy.errors import (
 )
 from proxy.providers.headers import first, request_id, to_client, to_provider, when_to_come_back
 from proxy.providers.replies import PlainReply, RawReply, content_coding, first_piece, read_whole
-from proxy.providers.reshape import chat_to_stream, edited, floats_to_base64, response_to_stream
+from proxy.providers.reshape import chat_to_stream, edited, floats_to_base64, lenient, response_to_stream
 from proxy.providers.streams import (
     NO_ERROR,
     StreamReply,
@@ -283,7 +283,7 @@ def _usage_in(body: bytes) -> Usage | None:
     """The usage of a plain reply. Raises UpstreamBroken when it is no JSON object, UpstreamUnavailable when it is an
     error in the clothes of a success (some routers answer 200 once the model has started)."""
     try:
-        reply = _body(body)
+        reply = lenient(_body, body)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UpstreamBroken("The provider's reply is not a JSON object.", reason="protocol") from error
     if reply.error is not _ABSENT and bytes(reply.error) not in NO_ERROR and _is_bare_error(body):
@@ -293,7 +293,7 @@ def _usage_in(body: bytes) -> Usage | None:
 
 def _is_bare_error(body: bytes) -> bool:
     try:
-        reply = msgspec.json.decode(body)
+        reply = lenient(msgspec.json.decode, body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return True  # no client could read it either
     return not any(reply.get(member) for member in ("choices", "data", "output", "object"))

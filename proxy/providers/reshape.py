@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import orjson
@@ -30,6 +30,22 @@ class _Usage(msgspec.Struct):
 
 
 _usage = msgspec.json.Decoder(_Usage).decode
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_T = TypeVar("_T")
+
+
+def lenient(decode: Callable[[bytes], _T], data: bytes) -> _T:
+    """`decode(data)`, for a provider's JSON. Raises msgspec.DecodeError.
+
+    Half a surrogate pair, escaped, is within JSON's grammar, and servers that cut a text in the middle of an emoji send
+    it; clients read it, msgspec does not. For our own reading a replacement character does as well.
+    """
+    try:
+        return decode(data)
+    except msgspec.DecodeError:
+        if not _SURROGATE.search(data):
+            raise
+        return decode(_SURROGATE.sub(rb"\\ufffd", data))
 
 
 def edited(fields: Mapping[str, msgspec.Raw], *, model: str, with_usage: bool) -> bytes:
@@ -54,7 +70,7 @@ def without_null_usage(payload: bytes) -> bytes:
         return payload[:-14] + b"}"
     for match in islice(_NULL_USAGE.finditer(payload), _CANDIDATES):
         candidate = payload[: match.start()] + payload[match.end() :]
-        if _usage(candidate).usage is msgspec.UNSET:
+        if lenient(_usage, candidate).usage is msgspec.UNSET:
             return candidate
     return payload
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import msgspec
 
 from proxy.errors import StreamInterrupted, UpstreamBroken, UpstreamError, UpstreamTimeout
-from proxy.providers.reshape import without_null_usage
+from proxy.providers.reshape import lenient, without_null_usage
 from proxy.tokens.usage import usage_of
 from proxy.transport.base import Response
 from proxy.transport.sse import EventTooLarge, Splitter, events
@@ -83,7 +83,7 @@ def judge_chunk(raw: bytes, data: bytes, *, asked_usage: bool) -> Verdict | None
     if data.startswith(b"[DONE]"):
         return Verdict(raw, last=True)
     try:
-        chunk = _chunk(data)
+        chunk = lenient(_chunk, data)
         _check_text(data)
     except _NOT_JSON:
         raise Interrupted("The provider sent an event that is not valid JSON.") from None
@@ -109,7 +109,8 @@ def pass_ordinary(block: bytes, *, asked_usage: bool) -> bytes | None:
         return None
     data = block[6:-2]
     try:
-        _check_text(data)
+        if not data.isascii():
+            data.decode()
         chunk = _chunk(data)
     except _NOT_JSON:
         return None
@@ -118,7 +119,7 @@ def pass_ordinary(block: bytes, *, asked_usage: bool) -> bytes | None:
     if chunk.usage is _ABSENT:
         return block
     if asked_usage:
-        return b"data: " + data[:-14] + b"}\n\n" if data.endswith(_LAST_NULL_USAGE) else None
+        return block[:-16] + b"}\n\n" if data.endswith(_LAST_NULL_USAGE) else None
     return block if bytes(chunk.usage) == b"null" else None
 
 
@@ -128,9 +129,9 @@ def judge_response_event(raw: bytes, data: bytes) -> Verdict | None:
         return Verdict(raw, last=True)
     try:
         _check_text(data)
-        event = _typed(data)
+        event = lenient(_typed, data)
         if event.type in _TERMINAL:
-            return Verdict(raw, usage_of(_terminal(data).response.usage), last=True)
+            return Verdict(raw, usage_of(lenient(_terminal, data).response.usage), last=True)
     except _NOT_JSON:
         raise Interrupted("The provider sent an event that is not valid JSON.") from None
     if event.type == "error":

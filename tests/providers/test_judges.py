@@ -111,3 +111,15 @@ def test_usage_is_told_and_left_out_only_where_it_stands_alone(
             assert verdict.usage == Usage(up, down)
             assert verdict.passed == (b"" if asked and not choices else raw)
             assert not verdict.last
+
+
+@pytest.mark.parametrize("half", [rb"\ud83d", rb"\uDE00", rb"\uD83Dx"])
+def test_half_a_surrogate_pair_is_a_provider_s_way_to_cut_an_emoji_and_passes(half: bytes) -> None:
+    data = b'{"id":"x","choices":[{"index":0,"delta":{"content":"' + half + b'"}}],"usage":null}'
+    raw = b"data: " + data + b"\n\n"
+    assert judge_chunk(raw, data, asked_usage=False) is None
+    verdict = judge_chunk(raw, data, asked_usage=True)
+    assert verdict is not None
+    assert verdict.passed == raw.replace(b',"usage":null', b"")
+    event = b'{"type":"response.output_text.delta","delta":"' + half + b'"}'
+    assert judge_response_event(b"data: " + event + b"\n\n", event) is None
