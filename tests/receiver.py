@@ -20,6 +20,8 @@ class Receiver:
         self.headers: dict[bytes, bytes] = {}
         self.body = b""
         self.ended = False
+        self.was_read = False
+        """The program wanted the body of the request."""
         self.answer = Answer(
             self._take,
             Connection(asyncio.Transport()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,6 +47,16 @@ def pipeline(upstream: Upstream, **more: Any) -> Pipeline:
     return Pipeline(Keyless(), routing, providers, catalog, Counter(), tenants_configured=False, clock=clock)
 
 
+async def handled(one: Pipeline, sent: Call, client: Receiver) -> None:
+    """Serves `sent`, whose body comes when it is asked for."""
+
+    async def read() -> bytes:
+        client.was_read = True
+        return sent.body
+
+    await one.handle(replace(sent, body=b""), read, client.answer)
+
+
 def ask_for(model: str = "alias", **more: Any) -> Call:
     return call({"model": model, "messages": MESSAGES, **more})
 
@@ -62,7 +73,7 @@ async def books(client: Receiver) -> Record:
 
 async def test_a_plain_reply() -> None:
     upstream, client = Upstream(whole(REPLY)), Receiver()
-    await pipeline(upstream).handle(ask_for(), client.answer)
+    await handled(pipeline(upstream), ask_for(), client)
     assert (client.status, client.ended, client.json) == (200, True, REPLY)
     assert client.headers[b"x-breakwater-provider"] == b"up"
     assert client.headers[b"x-breakwater-model"] == b"m-1"
@@ -77,7 +88,7 @@ async def test_a_plain_reply() -> None:
 
 async def test_a_stream() -> None:
     upstream, client = Upstream(events(CHUNK, USAGE)), Receiver()
-    await pipeline(upstream).handle(ask_for("gpt-5", stream=True), client.answer)
+    await handled(pipeline(upstream), ask_for("gpt-5", stream=True), client)
     assert (client.status, client.ended) == (200, True)
     assert client.body == b"data: %b\n\ndata: [DONE]\n\n" % CHUNK
     record = await books(client)
@@ -99,11 +110,11 @@ async def test_a_stream() -> None:
 async def test_what_is_refused_reaches_no_provider(sent: Call, error: type[Exception] | None, model: str) -> None:
     upstream, client = Upstream(whole(REPLY)), Receiver()
     if error is None:
-        await pipeline(upstream).handle(sent, client.answer)
+        await handled(pipeline(upstream), sent, client)
         assert client.answer.record.route == "passthrough"
     else:
         with pytest.raises(error):
-            await pipeline(upstream).handle(sent, client.answer)
+            await handled(pipeline(upstream), sent, client)
         assert upstream.asked == []
         assert client.answer.record.attempts == 0
     assert client.answer.record.model == model
@@ -114,15 +125,16 @@ async def test_a_wrong_key_is_refused_before_the_body_is_read() -> None:
     refusing = pipeline(Upstream(whole(REPLY)))
     refusing.tenants = KeyedTenants({"bw-key-0123456789": Tenant("t")})
     with pytest.raises(InvalidKey):
-        await refusing.handle(call(b"no JSON"), client.answer)
+        await handled(refusing, call(b"no JSON"), client)
     assert client.answer.record.tenant == "other"
+    assert not client.was_read
 
 
 @pytest.mark.parametrize("status", [204, 304])
 async def test_a_pass_through_without_a_body_declares_none(status: int) -> None:
     client = Receiver()
     upstream = Upstream(Answer(status, [(b"etag", b"e")], length=0))
-    await pipeline(upstream).handle(call(b"", "/v1/files/f", method="GET"), client.answer)
+    await handled(pipeline(upstream), call(b"", "/v1/files/f", method="GET"), client)
     await client.answer.end()
     assert (client.status, client.body, client.ended) == (status, b"", True)
     assert b"content-length" not in client.headers
@@ -171,7 +183,7 @@ async def test_so_does_one_that_fails_between_its_head_and_its_body() -> None:
     passing = Answer(200, [(b"content-type", b"x/y")], end=End.RESET)
     client, upstream = Receiver(), Upstream(passing)
     with pytest.raises(UpstreamBroken) as raised:
-        await pipeline(upstream).handle(call(b"", "/v1/files/f", method="GET"), client.answer)
+        await handled(pipeline(upstream), call(b"", "/v1/files/f", method="GET"), client)
     assert raised.value.details["attempts"][0]["target"] == "up"
     assert (b"x-should-retry", b"false") in raised.value.headers
     assert client.status == 0
@@ -183,7 +195,7 @@ async def test_once_something_was_forwarded_the_error_is_the_stream_s_own() -> N
         Answer(200, [(b"content-type", b"text/event-stream")], [(0.0, b"data: %b\n\n" % CHUNK)], end=End.CLOSE)
     )
     with pytest.raises(StreamInterrupted) as raised:
-        await pipeline(upstream).handle(ask_for(stream=True), client.answer)
+        await handled(pipeline(upstream), ask_for(stream=True), client)
     assert (raised.value.details, raised.value.headers) == ({}, [])
     client.answer.close()
 
@@ -207,7 +219,7 @@ async def test_a_fault_of_ours_is_no_fault_of_the_provider_s() -> None:
 async def test_a_cancelled_attempt_closes_what_it_opened(stream: bool) -> None:
     waiting = Answer(200, [(b"content-type", b"text/event-stream")], [(0.0, b"data: %b\n\n" % CHUNK)], end=End.STALL)
     upstream, client = Upstream(waiting), Receiver()
-    task = asyncio.create_task(pipeline(upstream).handle(ask_for(stream=stream), client.answer))
+    task = asyncio.create_task(handled(pipeline(upstream), ask_for(stream=stream), client))
     while not (client.body if stream else upstream.asked):
         await asyncio.sleep(0)
     task.cancel()

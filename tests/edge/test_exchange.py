@@ -14,7 +14,8 @@ import pytest
 from proxy.observability.events import InternalFault, RequestFinished
 from proxy.tokens.count import Counter
 from proxy.tokens.vocabularies import VocabularyError
-from tests.e2e.scene import END, SSE, Scene, chunk, piece_of, scene
+from tests.e2e.scene import END, SSE, Client, Scene, chunk, piece_of, scene
+from tests.e2e.stack import stack
 from tests.transport.servers import Peer
 
 pytestmark = pytest.mark.anyio
@@ -152,3 +153,25 @@ async def test_every_end_is_counted_at_its_route(line: str, route: str, model: s
         (outcome,) = await there.over()
         assert (outcome.route, outcome.model) == (route, model)
         client.close()
+
+
+async def test_nobody_without_a_key_gets_a_body_read() -> None:
+    key = "bw-tenant-key-0123456789"
+    config = {
+        "providers": {"up": {"kind": "mock"}},
+        "tenants": [{"name": "t", "keys": [key]}],
+        "listen": {"drain_ms": 0},
+    }
+    body = b'{"model":"x","messages":[{"role":"user","content":"%b"}]}' % (b"a" * 2_000_000)
+    lines = (b"host: localhost", b"authorization: Bearer %b", b"content-length: %d")
+    head = b"\r\n".join([b"POST /v1/chat/completions HTTP/1.1", *lines, b"", b""])
+    async with stack(config) as running:
+        client = Client(*await asyncio.open_connection("127.0.0.1", running.port))
+        client.send(head % (b"wrong", len(body)))
+        assert (await client.answer())[0] == 401
+        client.send(body)  # as a client does that writes before it reads: nobody takes it for another request
+        client.send(head % (key.encode(), len(body)) + body)
+        assert (await client.answer())[0] == 200
+        client.close()
+        await running.quiet(20)
+        assert [outcome.bytes_in for outcome in running.outcomes()] == [0, len(body)]
