@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
+from urllib.parse import unquote_to_bytes
 
 from proxy.edge.answer import Answer
 from proxy.edge.connection import LostReason
@@ -253,4 +254,8 @@ def _with_prefix(path: str, raw: bytes) -> bytes:
     """`raw` with the prefix as such: it may lack it, or hold it percent-encoded."""
     if raw.startswith(b"/v1/"):
         return raw
-    return b"/v1/" + (raw.split(b"/", 2)[2] if path.startswith("/v1/") else raw[1:])
+    if not path.startswith("/v1/"):
+        return b"/v1" + raw
+    first, slash, rest = raw[1:].partition(b"/")
+    # With an escaped slash, the first segment is more than the prefix. Left as it is, no pass-through takes it.
+    return b"/v1/" + rest if slash and unquote_to_bytes(first) == b"v1" else raw

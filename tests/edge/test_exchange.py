@@ -14,9 +14,9 @@ import pytest
 from proxy.observability.events import InternalFault, RequestFinished
 from proxy.tokens.count import Counter
 from proxy.tokens.vocabularies import VocabularyError
-from tests.e2e.scene import END, SSE, Client, Scene, chunk, piece_of, scene
+from tests.e2e.scene import END, SSE, Client, Scene, chunk, piece_of, plain, scene
 from tests.e2e.stack import stack
-from tests.transport.servers import Peer
+from tests.transport.servers import Peer, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -175,3 +175,41 @@ async def test_nobody_without_a_key_gets_a_body_read() -> None:
         client.close()
         await running.quiet(20)
         assert [outcome.bytes_in for outcome in running.outcomes()] == [0, len(body)]
+
+
+PATHS = [
+    ("/v1/audio/x", 200, b"/v1/audio/x"),
+    ("/audio/x", 200, b"/v1/audio/x"),
+    ("/%761/audio/x", 200, b"/v1/audio/x"),
+    ("/v%31/%61udio/x%20y", 200, b"/v1/%61udio/x%20y"),
+    ("/v1%2Faudio/files", 400, None),  # without its first segment it would be a path that was never allowed
+    ("/v1%2faudio", 400, None),
+    ("/v1%2Faudio/x/y", 400, None),
+    ("/v1/files", 404, None),
+    ("/v1/audio%2Fx", 400, None),
+    ("/v1%2Fmodels", 200, None),
+]
+
+
+@pytest.mark.parametrize(("path", "status", "forwarded"), PATHS, ids=[path for path, _, _ in PATHS])
+async def test_what_is_forwarded_is_the_path_that_was_allowed(path: str, status: int, forwarded: bytes | None) -> None:
+    async def script(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.send(plain(b'{"data":[]}'))
+
+    key = "bw-tenant-key-0123456789"
+    async with serve(script) as upstream:
+        config = {
+            "providers": {"up": {"kind": "openai", "base_url": f"http://127.0.0.1:{upstream.port}/v1"}},
+            "tenants": [{"name": "t", "keys": [key], "passthrough": ["/v1/audio/*"]}],
+            "listen": {"drain_ms": 0, "grace_ms": 100},
+        }
+        async with stack(config) as running:
+            client = Client(*await asyncio.open_connection("127.0.0.1", running.port))
+            client.send(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n\r\n".encode())
+            assert (await client.answer())[0] == status
+            client.close()
+            await running.quiet(20)
+        targets = [received.head.split(b" ")[1] for received in upstream.requests]
+        assert targets == ([forwarded] if forwarded else [b"/v1/models"] if path.endswith("models") else [])
