@@ -126,6 +126,8 @@ class Exchange:
         for job in self._answer.left_to_do:
             try:
                 await job()
+            except asyncio.CancelledError:
+                return  # the process ends, and whoever counts has gone before
             except Exception as error:  # the answer was given: what is wrong with the books is for the log
                 self._report("keeping the books of a request", error)
 

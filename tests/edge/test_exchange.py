@@ -134,6 +134,23 @@ async def test_who_leaves_is_counted_as_well() -> None:
             assert (outcome.status, outcome.usage is not None) == (499, True)
 
 
+async def test_a_process_that_ends_before_the_books_are_done_says_so_to_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with scene(ends) as there:
+        with counting_held_up(there):
+            client = await there.client()
+            client.ask(stream=True, messages=LONG)
+            await client.head()
+            assert (await client.rest()).endswith(b"data: [DONE]\n\n")
+            there.stack.running.gateway.service.pipeline.counter._executor.shutdown(wait=False, cancel_futures=True)  # type: ignore[union-attr]
+            (outcome,) = await there.over()
+            assert isinstance(outcome, RequestFinished)
+            assert (outcome.status, outcome.usage) == (200, None)
+            client.close()
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(
     ("line", "route", "model"),
     [
