@@ -95,6 +95,15 @@ class Pipeline:
 class Attempt:
     """One try at one target: times it, closes its reply, and tells an error where it happened."""
 
+    __slots__ = (
+        "_ask",
+        "_clock",
+        "_provider",
+        "_record",
+        "_reply",
+        "_target",
+    )
+
     def __init__(
         self, provider: Provider, ask: Ask, target: Target, record: Record, clock: Callable[[], float]
     ) -> None:
@@ -151,6 +160,16 @@ class Metered:
     out: a hang-up or a cut leaves an estimate of what was forwarded. Counting can take its time, so it is done
     afterwards.
     """
+
+    __slots__ = (
+        "_ask",
+        "_counter",
+        "_meter",
+        "_out",
+        "_record",
+        "_seen",
+        "_target",
+    )
 
     def __init__(self, counter: Counter, ask: Ask, target: Target, out: Out) -> None:
         self._counter = counter

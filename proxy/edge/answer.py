@@ -36,6 +36,29 @@ _STREAM_HEADERS: Final[Headers] = [
 class Answer:
     """Implements `Out` for the pipeline. `send` is ASGI's; `clock` and `silence` are seconds."""
 
+    __slots__ = (
+        "_beating",
+        "_clock",
+        "_committed",
+        "_connection",
+        "_last_write",
+        "_late",
+        "_left",
+        "_request_id",
+        "_send",
+        "_silence",
+        "_streaming",
+        "_timer",
+        "_traceparent",
+        "_trailer",
+        "bytes_out",
+        "complete",
+        "error_code",
+        "left_to_do",
+        "record",
+        "status",
+    )
+
     def __init__(
         self,
         send: Callable[[Any], Awaitable[None]],

@@ -14,8 +14,15 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 from proxy.errors import InternalError, envelope
 
 _FRAMING: Final = frozenset((b"content-length", b"transfer-encoding", b"connection"))
+_SIZE_LINES: Final = [b"%x\r\n" % size for size in range(2048)]
+"""The first lines of the chunks that streams are made of."""
 _JOINED_BYTES: Final = 65536
 """A larger body is not copied to stand behind its head: two writes then, as the lesser cost."""
+
+
+def _chunk(body: bytes) -> bytes:
+    size = len(body)
+    return (_SIZE_LINES[size] if size < len(_SIZE_LINES) else b"%x\r\n" % size) + body + b"\r\n"
 
 
 class Cycle(RequestResponseCycle):
@@ -89,8 +96,9 @@ class Cycle(RequestResponseCycle):
             self.expected_content_length = 0
             framed = head
         elif self.chunked_encoding:
-            end = b"0\r\n\r\n" if last else b""
-            framed = b"%b%x\r\n%b\r\n%b" % (head, len(body), body, end) if body else head + end
+            framed = head + _chunk(body) if body else head
+            if last:
+                framed += b"0\r\n\r\n"
         else:
             if self.chunked_encoding is False:
                 self.expected_content_length -= len(body)

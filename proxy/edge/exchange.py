@@ -59,6 +59,22 @@ class Service:
 class Exchange:
     """`scope`, `receive` and `send` are ASGI's."""
 
+    __slots__ = (
+        "_answer",
+        "_bytes_in",
+        "_connection",
+        "_ended",
+        "_path",
+        "_reason",
+        "_receive",
+        "_request_id",
+        "_scope",
+        "_service",
+        "_started",
+        "_task",
+        "_traceparent",
+    )
+
     def __init__(self, service: Service, path: str, scope: Any, receive: Any, send: Any) -> None:
         self._service = service
         self._path = path

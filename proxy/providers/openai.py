@@ -214,8 +214,8 @@ class OpenAIProvider:
         elif ask.dialect == "passthrough":
             judge = _pass_any
         else:
-            judge = partial(judge_chunk, asked_usage=asked_usage)
-            ordinary = partial(pass_ordinary, asked_usage=asked_usage)
+            judge = partial(judge_chunk, asked_usage)
+            ordinary = partial(pass_ordinary, asked_usage)
         reply = StreamReply(
             response,
             headers,

@@ -74,6 +74,16 @@ def _inflate(body: bytes, coding: bytes, limit: int) -> bytes:
 class PlainReply:
     """One whole body: exactly one event. The connection is free already."""
 
+    __slots__ = (
+        "_event",
+        "body",
+        "headers",
+        "length",
+        "status",
+        "stream",
+        "upstream_request_id",
+    )
+
     def __init__(
         self,
         status: int,

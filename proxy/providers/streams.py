@@ -78,7 +78,7 @@ class Verdict:
         self.last = last
 
 
-def judge_chunk(raw: bytes, data: bytes, *, asked_usage: bool) -> Verdict | None:
+def judge_chunk(asked_usage: bool, raw: bytes, data: bytes) -> Verdict | None:
     """One event of a chat or legacy completion; None for the ordinary case: pass it as it is. Raises Interrupted."""
     if data.startswith(b"[DONE]"):
         return Verdict(raw, last=True)
@@ -100,7 +100,7 @@ def judge_chunk(raw: bytes, data: bytes, *, asked_usage: bool) -> Verdict | None
     return Verdict(b"" if drop else raw, usage)
 
 
-def pass_ordinary(block: bytes, *, asked_usage: bool) -> bytes | None:
+def pass_ordinary(asked_usage: bool, block: bytes) -> bytes | None:
     """What nearly every read brings, at a third of the price: one event, on one line, with nothing in it for us.
 
     The bytes to pass on; None for anything else, which is then judged event by event.
@@ -156,6 +156,23 @@ def _provider_error(raw: bytes, error: msgspec.Raw) -> Interrupted:
 
 class StreamReply:
     """A provider's event stream. `first()` must be awaited once before its events are taken."""
+
+    __slots__ = (
+        "_ended",
+        "_failed",
+        "_idle",
+        "_judge",
+        "_now",
+        "_ordinary",
+        "_ready",
+        "_response",
+        "_scrub",
+        "_splitter",
+        "_terminated",
+        "headers",
+        "status",
+        "upstream_request_id",
+    )
 
     stream = True
     length: int | None = None

@@ -30,8 +30,8 @@ FRAGMENTS = st.sampled_from(
 )
 DATA = st.binary(max_size=40) | st.lists(FRAGMENTS, max_size=10).map(b"".join)
 JUDGES = {
-    "chat": partial(judge_chunk, asked_usage=False),
-    "chat, with our wish": partial(judge_chunk, asked_usage=True),
+    "chat": partial(judge_chunk, False),
+    "chat, with our wish": partial(judge_chunk, True),
     "responses": judge_response_event,
 }
 
@@ -117,8 +117,8 @@ def test_usage_is_told_and_left_out_only_where_it_stands_alone(
 def test_half_a_surrogate_pair_is_a_provider_s_way_to_cut_an_emoji_and_passes(half: bytes) -> None:
     data = b'{"id":"x","choices":[{"index":0,"delta":{"content":"' + half + b'"}}],"usage":null}'
     raw = b"data: " + data + b"\n\n"
-    assert judge_chunk(raw, data, asked_usage=False) is None
-    verdict = judge_chunk(raw, data, asked_usage=True)
+    assert judge_chunk(False, raw, data) is None
+    verdict = judge_chunk(True, raw, data)
     assert verdict is not None
     assert verdict.passed == raw.replace(b',"usage":null', b"")
     event = b'{"type":"response.output_text.delta","delta":"' + half + b'"}'

@@ -33,7 +33,7 @@ def event(data: bytes) -> bytes:
 
 
 def chunk(data: bytes, *, asked: bool = False) -> Verdict | None:
-    return judge_chunk(event(data), data, asked_usage=asked)
+    return judge_chunk(asked, event(data), data)
 
 
 # --- one event ------------------------------------------------------------------------------------------------------
@@ -56,11 +56,11 @@ def chunk(data: bytes, *, asked: bool = False) -> Verdict | None:
 @pytest.mark.parametrize("asked", [True, False])
 def test_an_ordinary_chunk_passes(data: bytes, asked: bool) -> None:
     assert chunk(data, asked=asked) is None
-    assert pass_ordinary(event(data), asked_usage=asked) in (event(data), None)
+    assert pass_ordinary(asked, event(data)) in (event(data), None)
 
 
 @pytest.mark.parametrize("data", [b"[DONE]", b"[DONE] and more"])
-@pytest.mark.parametrize("judge", [partial(judge_chunk, asked_usage=True), judge_response_event])
+@pytest.mark.parametrize("judge", [partial(judge_chunk, True), judge_response_event])
 def test_done_is_the_end(data: bytes, judge: Callable[[bytes, bytes], Verdict | None]) -> None:
     verdict = judge(event(data), data)
     assert verdict is not None
@@ -80,9 +80,9 @@ def test_null_usage_is_cut_where_we_asked_for_it(data: bytes, without: bytes) ->
     verdict = chunk(data, asked=True)
     assert verdict is not None
     assert (verdict.passed, verdict.usage) == (event(without), None)
-    assert pass_ordinary(event(data), asked_usage=True) in (event(without), None)
+    assert pass_ordinary(True, event(data)) in (event(without), None)
     assert chunk(data) is None
-    assert pass_ordinary(event(data), asked_usage=False) == event(data)
+    assert pass_ordinary(False, event(data)) == event(data)
 
 
 @pytest.mark.parametrize("choices", [b'"choices":[],', b'"choices": [ ] ,', b'"choices":null,', b""])
@@ -92,7 +92,7 @@ def test_the_usage_chunk_is_left_out_where_we_asked_for_it(choices: bytes) -> No
         verdict = chunk(data, asked=asked)
         assert verdict is not None
         assert (verdict.passed, verdict.usage, verdict.last) == (passed, Usage(3, 2), False)
-        assert pass_ordinary(event(data), asked_usage=asked) is None
+        assert pass_ordinary(asked, event(data)) is None
 
 
 def test_usage_beside_a_choice_passes() -> None:
@@ -112,19 +112,19 @@ def test_usage_of_nothing_is_no_usage() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"a":"\xff"}', b"{}{}", b"[" * 100_000])
-@pytest.mark.parametrize("judge", [partial(judge_chunk, asked_usage=True), judge_response_event])
+@pytest.mark.parametrize("judge", [partial(judge_chunk, True), judge_response_event])
 def test_what_is_no_object_is_no_event(data: bytes, judge: Callable[[bytes, bytes], Verdict | None]) -> None:
     with pytest.raises(Interrupted) as raised:
         judge(event(data), data)
     assert raised.value.event is None
-    assert pass_ordinary(event(data), asked_usage=True) is None
+    assert pass_ordinary(True, event(data)) is None
 
 
 @pytest.mark.parametrize(
     ("error", "raised_by_sdks"),
     [(b'{"message":"x"}', True), (b'{"n":1e999}', True), (b'"text"', False), (b"[1]", False), (b"true", False)],
 )
-@pytest.mark.parametrize("judge", [partial(judge_chunk, asked_usage=True), judge_response_event])
+@pytest.mark.parametrize("judge", [partial(judge_chunk, True), judge_response_event])
 def test_an_error_ends_a_stream(
     error: bytes, raised_by_sdks: bool, judge: Callable[[bytes, bytes], Verdict | None]
 ) -> None:
@@ -196,8 +196,8 @@ class Body:
 
 def stream(*pieces: bytes | Exception, terminated: bool = True, **more: Any) -> StreamReply:
     settings: dict[str, Any] = {
-        "judge": partial(judge_chunk, asked_usage=True),
-        "ordinary": partial(pass_ordinary, asked_usage=True),
+        "judge": partial(judge_chunk, True),
+        "ordinary": partial(pass_ordinary, True),
         "idle": 7.0,
         "upstream_request_id": "r",
         "scrub": bytes,
