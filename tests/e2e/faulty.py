@@ -34,7 +34,7 @@ async def _faulty(self: OpenAIProvider, ask: Ask, model: str) -> Reply:
             raise RuntimeError(seen) from error
     reply = await _open(self, ask, {"fault-late": "stall", "fault-task": "ok", "fault-log": "ok"}.get(model, model))
     if model == "fault-late":
-        reply.__class__ = type("Late", (type(reply),), {"__anext__": _fail_second(seen)})
+        reply.__class__ = type("Late", (type(reply),), {"__slots__": (), "__anext__": _fail_second(seen)})
     if model == "fault-task":
         asyncio.get_running_loop().create_task(_boom(seen))
         await asyncio.sleep(0)
