@@ -91,10 +91,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whose request it is, and what it may do. None means no restriction.
-
-    Globs of models are `fnmatch` patterns, in those of paths only `*` is special.
-    """
+    """Whose request it is, and what it may do. None means no restriction; a pattern's `*` stands for anything."""
 
     name: str
     models: Sequence[str] | None = None

@@ -13,7 +13,7 @@ from tests.architecture import Layout, Rule, Sources, module, read
 
 LAYOUT = Layout(
     ranks=(
-        (0, "proxy.__init__ proxy.types proxy.errors proxy.settings"),  # the words that everything shares
+        (0, "proxy.__init__ proxy.types proxy.errors proxy.settings proxy.globs"),  # the words that everything shares
         (1, "proxy.*.base proxy.*.settings proxy.*.__init__"),  # ports, and what a room can be told
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),

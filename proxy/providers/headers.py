@@ -10,7 +10,7 @@ from typing import Final
 
 from proxy.types import Headers
 
-_TO_PROVIDER: Final = frozenset({b"openai-beta", b"idempotency-key", b"x-client-request-id"})
+_TO_PROVIDER: Final = frozenset({b"openai-beta", b"x-client-request-id"})
 _TO_PROVIDER_PASSTHROUGH: Final = _TO_PROVIDER | {
     b"content-type",
     b"content-encoding",
@@ -18,8 +18,9 @@ _TO_PROVIDER_PASSTHROUGH: Final = _TO_PROVIDER | {
     b"range",
     b"if-none-match",
 }
-_TO_PROVIDER_OWN_KEY: Final = frozenset({b"openai-organization", b"openai-project"})
-"""They name an account: they travel only together with the caller's own key."""
+_TO_PROVIDER_OWN_KEY: Final = frozenset({b"openai-organization", b"openai-project", b"idempotency-key"})
+"""They name something within an account, so they travel only with the caller's own key: in an account that many share,
+two tenants with one idempotency key would get each other's replies."""
 
 _TO_CLIENT: Final = frozenset(
     {
@@ -84,5 +85,16 @@ def first(headers: Headers, wanted: bytes) -> bytes:
     """The first value of a header, or b""."""
     for name, value in headers:
         if name == wanted:
+            return value
+    return b""
+
+
+def caller_key(headers: Headers) -> bytes:
+    """The key that the caller presented, in whichever of the three headers; b"" when there is none."""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            return key if scheme.lower() == b"bearer" else b""
+        if name in (b"api-key", b"x-api-key"):
             return value
     return b""

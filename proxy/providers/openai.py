@@ -24,26 +24,24 @@ import orjson
 from proxy import __version__
 from proxy.errors import (
     StreamInterrupted,
-    UpstreamBroken,
     UpstreamError,
     UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from proxy.providers.headers import first, request_id, to_client, to_provider, when_to_come_back
+from proxy.providers.bodies import as_stream, error_object, usage_in
+from proxy.providers.headers import caller_key, first, request_id, to_client, to_provider, when_to_come_back
 from proxy.providers.replies import PlainReply, RawReply, content_coding, first_piece, read_whole
-from proxy.providers.reshape import chat_to_stream, edited, floats_to_base64, lenient, response_to_stream
+from proxy.providers.reshape import edited, floats_to_base64
 from proxy.providers.streams import (
-    NO_ERROR,
     StreamReply,
     Verdict,
     judge_chunk,
     judge_response_event,
     pass_ordinary,
 )
-from proxy.tokens.usage import usage_of
 from proxy.transport.base import Origin, Request, Response, Transport
-from proxy.types import Ask, Headers, Reply, Usage
+from proxy.types import Ask, Headers, Reply
 
 _ABSENT: Final = msgspec.Raw(b"")
 _ERROR_BYTES: Final = 4 * 1024 * 1024
@@ -66,16 +64,6 @@ class Timeouts:
     first_event: float
     idle: float
     total: float
-
-
-class _Body(msgspec.Struct):
-    usage: msgspec.Raw = _ABSENT
-    error: msgspec.Raw = _ABSENT
-    choices: msgspec.Raw = _ABSENT
-    data: msgspec.Raw = _ABSENT
-
-
-_body = msgspec.json.Decoder(_Body).decode
 
 
 class OpenAIProvider:
@@ -187,10 +175,10 @@ class OpenAIProvider:
         if passthrough:
             return RawReply(response, headers, idle=self.timeouts.idle, upstream_request_id=upstream_id)
         body = await read_whole(response, deadline, start=start)
-        usage = _usage_in(body)
+        usage = usage_in(body)
         terminator = 0
         if ask.stream:
-            body, headers = _as_stream(ask, body), _typed(headers, b"text/event-stream; charset=utf-8")
+            body, headers = as_stream(ask, body), _typed(headers, b"text/event-stream; charset=utf-8")
             terminator = len(body) - body.rindex(b"\n\n", 0, -2) - 2
         elif ask.wants_base64:
             body = floats_to_base64(body)
@@ -234,10 +222,12 @@ class OpenAIProvider:
 
     def _error_first(self, error: StreamInterrupted, headers: Headers) -> Reply:
         """200 and then an error: nothing was forwarded yet, so it can still be the status answer that it should be."""
-        details = _error_object(error.event)
+        details = error_object(error.event)
         if details is not None and details.get("type") == "invalid_request_error":
             body = orjson.dumps({"error": details})
             return PlainReply(400, _typed(headers, b"application/json"), body)
+        if details is not None and "rate_limit" in f"{details.get('type')} {details.get('code')}":
+            raise UpstreamRateLimited("The provider's rate limit is reached.") from error
         raise UpstreamUnavailable("The provider answered with an error event.") from error
 
     async def _refusal(self, response: Response, deadline: float) -> Reply:
@@ -268,48 +258,6 @@ class OpenAIProvider:
             pass
 
 
-def caller_key(headers: Headers) -> bytes:
-    """The key that the caller presented, in whichever of the three headers; b"" when there is none."""
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            return key if scheme.lower() == b"bearer" else b""
-        if name in (b"api-key", b"x-api-key"):
-            return value
-    return b""
-
-
-def _usage_in(body: bytes) -> Usage | None:
-    """The usage of a plain reply. Raises UpstreamBroken when it is no JSON object, UpstreamUnavailable when it is an
-    error in the clothes of a success (some routers answer 200 once the model has started)."""
-    try:
-        reply = lenient(_body, body)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise UpstreamBroken("The provider's reply is not a JSON object.", reason="protocol") from error
-    if reply.error is not _ABSENT and bytes(reply.error) not in NO_ERROR and _is_bare_error(body):
-        raise UpstreamUnavailable("The provider answered 200 with an error.")
-    return None if reply.usage is _ABSENT else usage_of(reply.usage)
-
-
-def _is_bare_error(body: bytes) -> bool:
-    try:
-        reply = lenient(msgspec.json.decode, body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return True  # no client could read it either
-    return not any(reply.get(member) for member in ("choices", "data", "output", "object"))
-
-
-def _as_stream(ask: Ask, body: bytes) -> bytes:
-    try:
-        if ask.dialect == "responses":
-            return response_to_stream(body)
-        return chat_to_stream(body, with_usage=ask.wants_usage)
-    except ValueError as error:
-        raise UpstreamBroken(
-            "The provider answered a stream with a body of another kind.", reason="protocol"
-        ) from error
-
-
 def _pass_any(raw: bytes, data: bytes) -> Verdict | None:
     """A pass-through stream has no dialect: any event is good."""
     return None
@@ -324,13 +272,3 @@ def _names_usage_option(reply: Reply) -> bool:
     if not isinstance(reply, PlainReply) or reply.status not in (400, 422):
         return False
     return b"stream_options" in reply.body or b"include_usage" in reply.body
-
-
-def _error_object(event: bytes | None) -> dict[str, object] | None:
-    if event is None:
-        return None
-    try:
-        error = orjson.loads(event.partition(b"data:")[2])["error"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return None
-    return error if isinstance(error, dict) else None

@@ -21,6 +21,7 @@ import msgspec
 import orjson
 
 from proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
+from proxy.globs import matches
 from proxy.types import Ask, Call, Dialect, Tenant
 
 MAX_MODEL_CHARS = 256
@@ -96,7 +97,7 @@ def _passthrough(call: Call, tenant: Tenant) -> Ask:
     # The second clause says it once more, for everything hangs on it: what is forwarded is what was allowed.
     if _UNSAFE_PATH.search(raw) or unquote_to_bytes(raw).rstrip(b"/") != call.path.encode():
         raise InvalidRequest("The path holds an encoded or doubled separator, a dot segment or a control character.")
-    if tenant.passthrough is not None and not any(_glob(pattern, call.path) for pattern in tenant.passthrough):
+    if tenant.passthrough is not None and not any(matches(pattern, call.path) for pattern in tenant.passthrough):
         raise NotFound(
             "This path is not a route of this gateway. Paths beyond its own are forwarded only where "
             "tenants[].passthrough allows them.",
@@ -105,11 +106,6 @@ def _passthrough(call: Call, tenant: Tenant) -> Ask:
     if call.method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
         raise _method_not_allowed(b"GET, HEAD, POST, PUT, PATCH, DELETE")
     return Ask("passthrough", "passthrough", call, replayable=call.method in ("GET", "HEAD"))
-
-
-def _glob(pattern: str, path: str) -> bool:
-    """`*` spans anything, also slashes: `/v1/audio/*` allows everything below it."""
-    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), path, re.DOTALL) is not None
 
 
 def _method_not_allowed(allow: bytes) -> MethodNotAllowed:

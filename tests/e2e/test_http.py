@@ -267,11 +267,10 @@ def names_of(received: Received) -> list[str]:
 
 def test_only_known_headers_reach_the_provider(proxy: ServeProcess, upstream: Upstream) -> None:
     assert ask(proxy, *HOSTILE, *KEPT).status == 200
-    kept = {"openai-beta", "idempotency-key", "x-client-request-id"}
+    kept = {"openai-beta", "x-client-request-id"}
     assert names_of(upstream.last) == sorted(FIXED | kept | {"authorization", "openai-organization"})
     assert upstream.last.header("authorization") == [f"Bearer {PROVIDER_KEY}"]
     assert upstream.last.header("openai-organization") == ["org-ours"]
-    assert upstream.last.header("idempotency-key") == ["once"]
     assert upstream.last.header("content-type") == ["application/json"]
     assert upstream.last.header("accept-encoding") == ["identity"]
     assert CLIENT_KEY.encode() not in upstream.last.head
@@ -283,7 +282,7 @@ def test_a_pass_through_adds_what_describes_its_body(proxy: ServeProcess, upstre
     body = bytes(range(256))
     answer = ask(proxy, *lines, *KEPT, *more, body=body, start="POST /v1/files/a%20b?x=%2F&y=1")
     assert answer.status == 200
-    kept = {"openai-beta", "idempotency-key", "x-client-request-id", "range"}
+    kept = {"openai-beta", "x-client-request-id", "range"}
     assert names_of(upstream.last) == sorted(FIXED | kept | {"authorization", "openai-organization"})
     assert upstream.last.header("content-type") == ["multipart/form-data; boundary=b"]
     assert upstream.last.head.startswith(b"POST /v1/files/a%20b?x=%2F&y=1 HTTP/1.1\r\n")
