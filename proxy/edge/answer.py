@@ -128,7 +128,8 @@ class Answer:
             if data:
                 self.bytes_out += len(data)
                 self._last_write = self._clock()
-                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+                if not self._connection.push(data):
+                    await self._send({"type": "http.response.body", "body": data, "more_body": True})
         else:
             await self._body(data)
 

@@ -48,6 +48,15 @@ class Cycle(RequestResponseCycle):
         else:
             self._write(message.get("body", b""), last=not message.get("more_body", False))
 
+    def push(self, data: bytes) -> bool:
+        """`send` for one more chunk of a body that has begun, where nothing stands in the way."""
+        if self._head or not self.chunked_encoding or self.flow.write_paused or self.disconnected:
+            return False
+        if self.response_complete or not data or self.scope["method"] == "HEAD":
+            return False
+        self.transport.write(_chunk(data))
+        return True
+
     async def send_500_response(self) -> None:
         """Called by uvicorn for an application that broke before its response began."""
         body = envelope(InternalError())

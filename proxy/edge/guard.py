@@ -247,10 +247,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # --- the application's side -------------------------------------------------------------------------------------
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
         self._entered = False
-        self._connection.next_request()
+        self._connection.next_request(cycle)
         super()._start_asgi_task(cycle, app)
 
     def _enter(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:

@@ -101,11 +101,11 @@ def judge_chunk(asked_usage: bool, raw: bytes, data: bytes) -> Verdict | None:
 
 
 def pass_ordinary(asked_usage: bool, block: bytes) -> bytes | None:
-    """What nearly every read brings, at a third of the price: one event, on one line, with nothing in it for us.
+    """What nearly every read brings, at a third of the price: one whole event, on one line, with nothing for us in it.
 
     The bytes to pass on; None for anything else, which is then judged event by event.
     """
-    if not block.startswith(b"data: {") or block.find(b"\n") != len(block) - 2:
+    if not block.startswith(b"data: {") or not block.endswith(b"}\n\n") or block.find(b"\n") != len(block) - 2:
         return None
     data = block[6:-2]
     try:
@@ -253,6 +253,8 @@ class StreamReply:
                 raise StreamInterrupted("The connection to the provider broke in the middle of the stream.") from error
             if not piece:
                 return self._at_end()
+            if self._ordinary is not None and self._splitter.idle and (passed := self._ordinary(piece)) is not None:
+                return Event(passed)
             event_or_none = self._take(piece)
             if event_or_none is not None:
                 return event_or_none
@@ -280,10 +282,6 @@ class StreamReply:
             return None
         if not block:
             return None
-        if self._ordinary is not None:
-            ordinary = self._ordinary(block)
-            if ordinary is not None:
-                return Event(ordinary)
         passed: list[bytes] = []
         changed = skip_comments
         usage: Usage | None = None
