@@ -41,6 +41,7 @@ class Answer:
         "_clock",
         "_committed",
         "_connection",
+        "_held",
         "_last_write",
         "_late",
         "_left",
@@ -91,6 +92,8 @@ class Answer:
         self._streaming = False
         self._left: int | None = None
         """Bytes of the body still to come, where its length was announced."""
+        self._held: Headers | None = None
+        """The head of a body of known length: it leaves together with the body's first bytes."""
         self._late: int | None = None
         """The status that came too late: 200 was out already."""
         self._last_write = 0.0
@@ -165,6 +168,8 @@ class Answer:
         if self.complete:
             return
         self._stop_beats()
+        if self._held is not None:
+            await self._send_held(self._held)
         self.bytes_out += len(data)
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
         self.complete = True  # not before: it waits while the client's buffer is full, and the client may leave then
@@ -176,7 +181,7 @@ class Answer:
         if self.complete:
             return
         self.error_code = error.code
-        if not self._committed:
+        if not self._committed or self._held is not None:
             body = envelope(error)
             await self._commit(error.status, [_JSON, *error.headers], len(body))
             await self._body(body)
@@ -205,7 +210,10 @@ class Answer:
         own = self._own_headers()
         if length is not None:
             own.append((b"content-length", b"%d" % length))
-        await self._send({"type": "http.response.start", "status": status, "headers": own + headers})
+        if length:
+            self._held = own + headers
+        else:
+            await self._send({"type": "http.response.start", "status": status, "headers": own + headers})
 
     def _own_headers(self) -> Headers:
         own: Headers = [(b"x-request-id", self._request_id.encode()), (b"traceparent", self._traceparent.encode())]
@@ -226,11 +234,20 @@ class Answer:
     async def _body(self, data: bytes) -> None:
         self.bytes_out += len(data)
         self._last_write = self._clock()
+        if self._held is not None:
+            if len(data) == self._left and self._connection.respond(self.status, self._held, data):
+                self.complete = True
+                return
+            await self._send_held(self._held)
         if self._left is not None:
             self._left -= len(data)
         last = self._left == 0
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
         self.complete = last
+
+    async def _send_held(self, headers: Headers) -> None:
+        self._held = None
+        await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
 
     # --- keep-alives ------------------------------------------------------------------------------------------------
 

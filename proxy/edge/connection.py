@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Literal, Protocol
 
+from proxy.types import Headers
+
 LostReason = Literal["gone", "too_large", "body_timeout", "malformed"]
 """Why a running request has no client any more: it left; or the guard refused the rest of its body, and has answered
 with 413, 408 or 400 as far as an answer was still possible."""
@@ -14,6 +16,8 @@ OnLost = Callable[[LostReason], None]
 
 class Response(Protocol):
     def push(self, data: bytes) -> bool: ...
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> bool: ...
 
 
 class Connection:
@@ -54,6 +58,10 @@ class Connection:
         What a streamed chunk costs is paid thousands of times a second; this is ASGI's `send` without its message.
         """
         return self._response is not None and self._response.push(data)
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Writes a whole response at once, its length among the headers. False: not possible now, `send` is the way."""
+        return self._response is not None and self._response.respond(status, headers, body)
 
     # The server's side
 

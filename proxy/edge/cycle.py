@@ -12,6 +12,7 @@ from typing import Any, Final
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from proxy.errors import InternalError, envelope
+from proxy.types import Headers
 
 _FRAMING: Final = frozenset((b"content-length", b"transfer-encoding", b"connection"))
 _SIZE_LINES: Final = [b"%x\r\n" % size for size in range(2048)]
@@ -57,6 +58,16 @@ class Cycle(RequestResponseCycle):
         self.transport.write(_chunk(data))
         return True
 
+    def respond(self, status: int, headers: Headers, body: bytes) -> bool:
+        """`send` for head and whole body together, where nothing stands in the way."""
+        if self.response_started or self.flow.write_paused or self.disconnected:
+            return False
+        self._head = self._render(status, headers)
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        self._write(body, last=True)
+        return True
+
     async def send_500_response(self) -> None:
         """Called by uvicorn for an application that broke before its response began."""
         body = envelope(InternalError())
@@ -66,7 +77,7 @@ class Cycle(RequestResponseCycle):
         )
         await self.send({"type": "http.response.body", "body": body})
 
-    def _render(self, status: int, headers: Any) -> bytes:
+    def _render(self, status: int, headers: Headers) -> bytes:
         parts = [STATUS_LINE[status]]
         for name, value in self.default_headers:
             parts += (name, b": ", value, b"\r\n")

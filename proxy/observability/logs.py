@@ -63,7 +63,7 @@ class JsonLog:
             "model": event.model,
             "status": event.status,
             "stream": event.stream,
-            "duration_ms": round(event.duration * 1000, 1),
+            "duration_ms": _ms(event.duration),
             "bytes_in": event.bytes_in,
             "bytes_out": event.bytes_out,
             "attempts": event.attempts,
@@ -79,6 +79,11 @@ class JsonLog:
         self._writer.write(lines.encode(fields, safe=safe))
 
 
+def _ms(seconds: float) -> float:
+    """Milliseconds, to a tenth."""
+    return int(seconds * 10_000 + 0.5) / 10
+
+
 def _add_upstream(fields: dict[str, Any], event: RequestFinished) -> None:
     if event.provider:
         fields["provider"] = event.provider
@@ -87,11 +92,11 @@ def _add_upstream(fields: dict[str, Any], event: RequestFinished) -> None:
     if event.upstream_request_id:
         fields["upstream_request_id"] = event.upstream_request_id
     if event.overhead is not None:
-        fields["overhead_ms"] = round(event.overhead * 1000, 1)
+        fields["overhead_ms"] = _ms(event.overhead)
     if event.upstream_duration is not None:
-        fields["upstream_duration_ms"] = round(event.upstream_duration * 1000, 1)
+        fields["upstream_duration_ms"] = _ms(event.upstream_duration)
     if event.time_to_first_token is not None:
-        fields["time_to_first_token_ms"] = round(event.time_to_first_token * 1000, 1)
+        fields["time_to_first_token_ms"] = _ms(event.time_to_first_token)
     usage = event.usage
     if usage is not None:
         fields["input_tokens"] = usage.input
@@ -134,7 +139,7 @@ def _fields(event: Notice) -> dict[str, Any]:
                 "model": event.model,
                 "status": event.status,
                 "error_code": event.code,
-                "duration_ms": round(event.duration * 1000, 1),
+                "duration_ms": _ms(event.duration),
                 "bytes_in": event.bytes_in,
             }
             return {**fields, "client": event.client} if event.client else fields
@@ -145,7 +150,7 @@ def _fields(event: Notice) -> dict[str, Any]:
         case ServerDraining():
             return {"in_flight": event.in_flight}
         case ServerStopped():
-            return {"uptime_ms": round(event.uptime * 1000, 1), "cut": event.cut}
+            return {"uptime_ms": _ms(event.uptime), "cut": event.cut}
         case InternalFault():
             ids = {"request_id": event.request_id, "trace_id": event.trace_id} if event.request_id else {}
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
