@@ -147,7 +147,7 @@ class Catalog:
         """Raises UpstreamUnavailable, and _Refused for what the provider answers to a caller's own key."""
         try:
             async with asyncio.timeout(self._patience):
-                reply = await self._providers[provider].open(Ask("models", "/v1/models", call), "")
+                reply = await self._providers[provider].open(Ask("models", "/v1/models", call, replayable=True), "")
                 try:
                     body = b"".join([event.data async for event in reply.events])
                 finally:

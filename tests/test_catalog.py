@@ -10,11 +10,14 @@ import pytest
 
 from proxy.catalog import RETRY_SECONDS, TTL_SECONDS, Catalog
 from proxy.errors import NotFound, UpstreamUnavailable
+from proxy.providers.openai import OpenAIProvider, Timeouts
 from proxy.routing import Route, Routing
 from proxy.transport.answer import NEVER, Answer, End
+from proxy.transport.http1 import Http1Transport
 from proxy.types import Headers, Tenant
 from tests.providers.upstream import ANYONE, HEADERS, Upstream, ask, whole
 from tests.receiver import Receiver
+from tests.transport.servers import Peer, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -216,3 +219,27 @@ async def test_the_refusal_of_our_key_does_not(status: int) -> None:
     stage = Stage([("*", "a/*")], a=Upstream(whole(b'{"error": {}}', status)))
     with pytest.raises(UpstreamUnavailable):
         await stage.get()
+
+
+async def test_a_kept_connection_that_turns_out_dead_costs_a_second_try_and_no_answer() -> None:
+    body = b'{"object":"list","data":[{"id":"m"}]}'
+
+    async def once(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        await peer.request()  # and ends the connection, as one does that was idle for too long
+
+    async with serve(once) as server:
+        transport = Http1Transport(max_connections=1, connect_timeout=5)
+        provider = OpenAIProvider("a", f"{server.origin_url}/v1", transport, Timeouts(20, 20, 20))
+        now = 1000.0
+        catalog = Catalog(
+            Routing([Route("*", "a/*")], ["a"]), {"a": provider}, uncached=[], clock=lambda: now, patience=20.0
+        )
+        for _ in range(3):
+            client = Receiver()
+            await catalog.answer(ask(b"", "/v1/models", method="GET", headers=HEADERS), ANYONE, client.answer)
+            assert [model["id"] for model in client.json["data"]] == ["m"]
+            now += TTL_SECONDS
+        assert server.accepted == 3
+        await provider.aclose()

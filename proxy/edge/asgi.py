@@ -70,17 +70,11 @@ class Gateway:
     def in_flight(self) -> int:
         return len(self._live)
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
         path = v1_path(scope["path"])
         if path is None:
-            await self.side(scope, receive, send, health_only=self._own_port)
-            return
-        exchange = Exchange(self.service, path, scope, receive, send)
-        self._live.add(exchange)
-        try:
-            await exchange.run()
-        finally:
-            self._live.discard(exchange)
+            return self.side(scope, receive, send, health_only=self._own_port)
+        return Exchange(self.service, path, scope, receive, send).run()
 
     def begin_drain(self) -> None:
         """From now on not ready: new requests are still served, but nobody should send more."""

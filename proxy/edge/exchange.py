@@ -105,6 +105,7 @@ class Exchange:
     async def run(self) -> None:
         """Serves the request to its end. Raises nothing but a cancellation that came from elsewhere."""
         self._task = asyncio.current_task()
+        self._service.live.add(self)
         self._connection.on_lost(self._lost)
         try:
             try:
@@ -120,6 +121,7 @@ class Exchange:
         finally:
             self._connection.off_lost(self._lost)
             self._answer.close()
+            self._service.live.discard(self)
             self._emit()
 
     async def _serve(self) -> None:

@@ -97,7 +97,11 @@ def error_body(text: str) -> bytes:
 
 KEYS = " ".join(written(CONFIGURED[name]) for name in ("provider key", "provider key of no form"))
 QUOTING = f"{KEYS} {THEIRS['their words']}"
-HEADERS = (f"x-debug: {THEIRS['their header']}", "set-cookie: k=" + CONFIGURED["provider key"])
+HEADERS = (
+    "connection: close",  # each answer ends its connection, and a provider that does not say so is raced
+    f"x-debug: {THEIRS['their header']}",
+    "set-cookie: k=" + CONFIGURED["provider key"],
+)
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": THEIRS["their content"]}}
 SUCCESS = json.dumps(
     {
@@ -387,7 +391,7 @@ def refused_by_us(one: Scene) -> None:
         (401, one.send(f"GET /admin/{secret}{QUERY}")),
     ]
     for expected, answer in cases:
-        assert answer.status == expected, answer.body
+        assert answer.status == expected, (expected, answer.status, answer.body)
 
 
 def test_with_tenants(upstream: Server) -> None:
