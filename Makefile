@@ -34,7 +34,7 @@ bench: .venv/.dev-stamp ## Measure processor time, latency and memory (as JSON: 
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 faults: .venv/.dev-stamp ## Run the fault tests in their long form (minutes)
-	BREAKWATER_FAULTS=1 $(BIN)/python -m pytest -rs -m slow
+	BREAKWATER_FAULTS=1 $(BIN)/python -m pytest -rs -m faults
 
 lock: .venv/.dev-stamp ## Resolve pyproject.toml into both lock files (newer versions: make lock LOCK_ARGS=--upgrade)
 	$(BIN)/python -m tests.locks write $(LOCK_ARGS)

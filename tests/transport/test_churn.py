@@ -18,7 +18,7 @@ from proxy.transport.base import Request
 from tests.transport.adapters import AnyTransport, MakeTransport, fetch, soon, until
 from tests.transport.servers import Peer, Script, Server, serve
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.faults]
 
 LONG = bool(os.environ.get("BREAKWATER_FAULTS"))
 SECONDS = 60.0 if LONG else 2.0

@@ -12,10 +12,13 @@ import os
 from dataclasses import dataclass
 
 import h11
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tests.transport.wire import Outcome, read_with_ours
+
+pytestmark = pytest.mark.faults
 
 EXAMPLES = 5_000 if os.environ.get("BREAKWATER_FAULTS") else 100
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
