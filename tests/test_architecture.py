@@ -14,10 +14,13 @@ from tests.architecture import Layout, Rule, Sources, module, read
 LAYOUT = Layout(
     ranks=(
         (0, "proxy.__init__ proxy.types proxy.errors proxy.settings"),  # the words that everything shares
+        (0, "proxy.budget.amounts"),  # what the store's port and the arithmetic of windows both speak of
         (1, "proxy.*.base proxy.*.settings proxy.*.__init__"),  # ports, and what a room can be told
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
+        (1, "proxy.budget.clocks proxy.budget.windows"),
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
+        (2, "proxy.store"),
         (2, "proxy.transport proxy.providers proxy.observability proxy.catalog"),  # shells: they wait and never decide
         (3, "proxy.pipeline"),
         (4, "proxy.edge proxy.admin"),
