@@ -37,6 +37,7 @@ OUTBOX_RECORDS: Final = 100_000
 """Records that the outbox keeps, roughly; older ones leave."""
 ROLLUP_FIELDS: Final = 10_000
 """Combinations of dimensions that one tenant may have in one hour; further ones count under `OTHER`."""
+MAX_RECORD: Final = 200
 SEED_MS: Final = 2000
 """How long a cold store collects what processes remember before it opens."""
 
@@ -273,3 +274,15 @@ def checked_scopes(scopes: Sequence[Scope]) -> tuple[str, ...]:
     if not places or len(set(places)) != len(places):
         raise ValueError("a reservation has one or more scopes, each once")
     return places
+
+
+def checked_entries(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """The entries. Raises ValueError for one whose dimensions, counts or record cannot be kept."""
+    for entry in entries:
+        if len(entry.dimensions) != len(DIMENSIONS):
+            raise ValueError("an entry has a value for each of the dimensions, if only an empty one")
+        if len(entry.record) % 2 or len(entry.record) > MAX_RECORD:
+            raise ValueError("a record is names and values in turn, at most 100 of each")
+        if not all(0 <= count <= MAX_AMOUNT for count in msgspec.structs.astuple(entry.usage)):
+            raise ValueError("a count is between 0 and 2**43")
+    return entries

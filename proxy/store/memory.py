@@ -37,6 +37,7 @@ from proxy.store.base import (
     StoreUnavailable,
     UsageRow,
     checked_amounts,
+    checked_entries,
     checked_id,
     checked_scopes,
 )
@@ -167,6 +168,7 @@ class MemoryStore:
         actual = checked_amounts(settlement.actual)
         prepared = self._prepare(settlement.scopes)
         apart = {scope.place: checked_amounts(used) for scope, used in settlement.apart} if settlement.apart else {}
+        entries = checked_entries(settlement.entries)
         now = self._now()
         if now is None:
             return Cold()
@@ -187,7 +189,7 @@ class MemoryStore:
         forget_at = now.steady_ms + self._tombstone_ms
         self._reservations[known] = _Settled(forget_at)
         self._ended.append((forget_at, known))
-        self._ledger.book(settlement.entries, now.wall_ms)
+        self._ledger.book(entries, now.wall_ms)
         return Settled(outcome, self._balances(prepared, now), self._epoch)
 
     async def extend(self, reservation_ids: Sequence[str], lease_ms: int) -> tuple[str, ...] | Cold:

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import re
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final
 
 from proxy.budget.amounts import WINDOWS, Amounts, Row
+from proxy.budget.clocks import DAY_MS
 from proxy.store.address import parse_address
 from proxy.store.base import (
     OUTBOX_RECORDS,
@@ -46,6 +48,7 @@ from proxy.store.base import (
     Settlement,
     UsageRow,
     checked_amounts,
+    checked_entries,
     checked_id,
     checked_scopes,
 )
@@ -168,7 +171,7 @@ class RedisStore:
             apart = {scope.place: _TRIPLE.pack(*checked_amounts(used)) for scope, used in settlement.apart}
             own = [apart.get(place, actual) for place in prepared.places]
         arguments: list[bytes | str | int] = [known, self._rollups, ROLLUP_KEPT_MS, ROLLUP_FIELDS, actual, *own]
-        for entry in settlement.entries:
+        for entry in checked_entries(settlement.entries):
             arguments.extend(_entry_words(entry))
         answer = await self._run(self._scripts.settle, (self._reservations + known, *prepared.keys), tuple(arguments))
         if answer[0] == _COLD:
@@ -193,7 +196,10 @@ class RedisStore:
         return Seeded(wait_ms, bool(first))
 
     async def usage(self, since_ms: int, until_ms: int, by: Sequence[Dimension]) -> list[UsageRow]:
-        first, last = -(-since_ms // ROLLUP_MS), -(-until_ms // ROLLUP_MS)
+        # A day on either side: the hours were named by the server's clock, and this is ours.
+        now_ms = time.time_ns() // 1_000_000 if self._clock is None else self._clock()
+        first = -(-max(since_ms, now_ms - ROLLUP_KEPT_MS - DAY_MS) // ROLLUP_MS)
+        last = -(-min(until_ms, now_ms + DAY_MS) // ROLLUP_MS)
         sums: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
         for start in range(first, last, _HOURS_AT_ONCE):
             hours = [b"%s%d" % (self._rollups, hour) for hour in range(start, min(start + _HOURS_AT_ONCE, last))]
@@ -245,8 +251,6 @@ def _packed_limits(scope: Scope) -> bytes:
 
 
 def _entry_words(entry: Entry) -> Iterator[bytes | str | int]:
-    if len(entry.record) % 2:
-        raise ValueError("a record is names and values in turn")
     tenant = entry.dimensions[0]
     yield f"{len(tenant)}:{tenant}"
     yield _field(entry.dimensions)

@@ -106,10 +106,12 @@ local function bucket(scope, at)
   return found
 end
 
+-- A roll is written even by a call that is refused: at most once a second, and whoever is refused next need not roll
+-- the same buckets again.
 local function roll(scope)
   local old = scope[SECOND]
   if second > old then
-    scope[SECOND] = second
+    scope[SECOND], scope.changed = second, true
     local empty = true
     for index = SPENT, SPENT + 5 do empty = empty and scope[index] == 0 end
     if not empty then
@@ -125,9 +127,9 @@ local function roll(scope)
       scope.cleared_from, scope.cleared = from, second - from + 1
     end
   end
-  if hour > scope[HOUR_ID] then scope[HOUR_ID], scope[HOUR_SPENT] = hour, 0 end
-  if day > scope[HOUR_ID + 1] then scope[HOUR_ID + 1], scope[HOUR_SPENT + 1] = day, 0 end
-  if month > scope[HOUR_ID + 2] then scope[HOUR_ID + 2], scope[HOUR_SPENT + 2] = month, 0 end
+  if hour > scope[HOUR_ID] then scope[HOUR_ID], scope[HOUR_SPENT], scope.changed = hour, 0, true end
+  if day > scope[HOUR_ID + 1] then scope[HOUR_ID + 1], scope[HOUR_SPENT + 1], scope.changed = day, 0, true end
+  if month > scope[HOUR_ID + 2] then scope[HOUR_ID + 2], scope[HOUR_SPENT + 2], scope.changed = month, 0, true end
 end
 
 -- The scope under a key, brought up to now; nil where there is none. A key of another kind is an error of the caller's
