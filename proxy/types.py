@@ -167,6 +167,9 @@ class Record:
     attempts: int = 0
     stream: bool = False
     usage: Usage | None = None
+    """Of all attempts together that were, or may have been, billed."""
+    nano_usd: int | None = None
+    """Their cost in nano-dollars; None where nobody knows a price."""
     upstream_started: float = 0.0
     """Clock readings (the event loop's, seconds); 0.0 is `never`."""
     first_event: float = 0.0
