@@ -24,6 +24,7 @@ from proxy.budget.watch import Watch
 from proxy.observability.events import InternalFault, Notice, StoreDegraded, StoreRecovered, StoreReset
 from proxy.store.base import (
     SEED_MS,
+    Balance,
     BudgetStore,
     Cold,
     Ended,
@@ -67,6 +68,7 @@ class Access:
         processes: Callable[[], int] = lambda: 1,
         collect_ms: int = SEED_MS,
         queued: int = QUEUED,
+        extend_seconds: float = EXTEND_SECONDS,
     ) -> None:
         self.store = store
         self.watch = watch
@@ -85,13 +87,14 @@ class Access:
         self._emit = emit
         self._collect_ms = collect_ms
         self._queued = queued
+        self._extend_seconds = extend_seconds
         self._seeds = 0
         self._seeding = asyncio.Lock()
         self._wake = asyncio.Event()
         self._away_since = 0.0
         self._back_since = float("-inf")
         self._pause = PROBE_SECONDS[0]
-        self._extend_at = clock() + EXTEND_SECONDS
+        self._extend_at = clock() + extend_seconds
         self._tender: asyncio.Task[None] | None = None
 
     @property
@@ -124,6 +127,12 @@ class Access:
     ) -> Granted | Refused | Ended:
         """Raises StoreUnavailable."""
         return self._seen(await self._call(lambda: self.store.top_up(reservation_id, ask, scopes, leave)))
+
+    async def balance(self, scopes: tuple[Scope, ...]) -> tuple[Balance, ...]:
+        """The figures of scopes, those that the store has never seen included. Raises StoreUnavailable."""
+        balances = await self._call(lambda: self.store.balance(scopes)) if scopes else ()
+        self.watch.saw(balances)
+        return balances
 
     async def settle(self, settlement: Settlement) -> None:
         """Books it now, or keeps it until the store takes it. Never raises StoreUnavailable."""
@@ -259,7 +268,7 @@ class Access:
         self.watch.saw(settled.balances)
 
     async def _extend(self) -> None:
-        self._extend_at = self._clock() + EXTEND_SECONDS
+        self._extend_at = self._clock() + self._extend_seconds
         if self.waiting and not self.away:
             await self._replay()
         ids = list(self.live)

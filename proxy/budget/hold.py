@@ -15,12 +15,14 @@ from typing import Any
 from proxy.budget import answers
 from proxy.budget.access import LEASE_MS, Access
 from proxy.budget.amounts import MAX_AMOUNT, Amounts, Row
-from proxy.budget.charge import Charge, Held
+from proxy.budget.charge import Charge
 from proxy.budget.estimate import Exposure
+from proxy.budget.held import Held
 from proxy.budget.local import Slices
 from proxy.budget.plan import Plan, Planner, Want, exceeds
 from proxy.budget.policy import Policies, Policy, reach_of
 from proxy.budget.pricing import cost, unknown_refused
+from proxy.budget.report import ScopeReport, report
 from proxy.budget.waiting import Waiting
 from proxy.errors import ProxyError
 from proxy.observability.events import BudgetRefused, Notice
@@ -90,6 +92,24 @@ class Budget:
     def rate_limits(self, policy: Policy) -> Headers:
         """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
         return answers.rate_limit_headers(self._rows(policy)) if policy.enforces else []
+
+    async def report(self) -> list[ScopeReport]:
+        """Every scope that the configuration names or that was seen. Raises StoreUnavailable of `errors`."""
+        try:
+            balances = await self.access.balance(self.policies.scopes)
+        except StoreUnavailable as error:
+            raise answers.store_unavailable() from error
+        now, processes = self.wall_ms(), self.access.processes()
+        return [
+            report(
+                one,
+                self.exposures.get(one.scope.place),
+                now,
+                processes=processes,
+                strict=self.policies.strict(one.scope),
+            )
+            for one in balances
+        ]
 
     def _rows(self, policy: Policy) -> list[tuple[Scope, Row]]:
         found = ((scope, self.access.watch.row(scope)) for scope in policy.own)

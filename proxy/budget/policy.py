@@ -162,6 +162,11 @@ class Policies:
         found = (*self._accounts.values(), *self._everyone, *self._scopes.values())
         return tuple({scope.place: scope for scope in reversed(found)}.values())
 
+    def strict(self, scope: Scope) -> bool:
+        """Nobody whom this scope holds ever takes a risk."""
+        held = [policy for policy in self._policies.values() if scope in policy.own or scope.kind == "provider"]
+        return bool(held) and all(policy.strict for policy in held)
+
     def of(self, tenant: str, key: str = "") -> Policy:
         """The policy of a caller. `key` is the key's name, never its secret; empty where keys have no budgets."""
         found = self._tenants.get(tenant)

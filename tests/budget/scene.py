@@ -18,7 +18,7 @@ from proxy.budget.pricing import Account, ModelFacts, NoLibrary, PriceBook, Rate
 from proxy.budget.settings import BudgetSettings, LimitSettings
 from proxy.budget.watch import Watch
 from proxy.observability.events import Notice
-from proxy.store.base import Balance, BudgetStore, Scope, UsageRow
+from proxy.store.base import BudgetStore, UsageRow
 from proxy.store.memory import MemoryStore
 from proxy.tokens.count import Counter
 from proxy.types import Call, Event, Record, Target, Tenant, Usage
@@ -76,6 +76,8 @@ class Scene:
         clock: Clock | None = None,
         collect_ms: int = 0,
         processes: int = 1,
+        queued: int = 20_000,
+        extend_seconds: float = 10.0,
         rates: Mapping[str, Rates | None] | None = None,
         accounts: Mapping[str, LimitSettings] | None = None,
         everyone: LimitSettings | None = None,
@@ -105,6 +107,8 @@ class Scene:
             emit=self.events.append,
             processes=lambda: processes,
             collect_ms=collect_ms,
+            queued=queued,
+            extend_seconds=extend_seconds,
         )
         self.counter = Counter()
         self.budget = Budget(
@@ -118,18 +122,11 @@ class Scene:
             wall_ms=self.clock,
         )
 
-    async def scope(self, kind: str = "tenant") -> Scope:
-        policy = self.policies.of(TENANT)
-        found = [one for one in (*policy.own, *self.policies.scopes) if one.kind == kind]
-        return found[0]
-
     async def row(self, kind: str = "tenant", name: str | None = None) -> Row:
         self.policies.of(TENANT)
         scopes = [one for one in self.policies.scopes if one.kind == kind and name in (None, one.name)]
-        balances = await self.store.balance(scopes[:1])
-        assert isinstance(balances, tuple), balances
-        balance: Balance = balances[0]
-        return balance.row
+        balances = await self.access.balance(tuple(scopes[:1]))
+        return balances[0].row
 
     async def used(self, *by: str) -> list[UsageRow]:
         return await self.store.usage(0, 2**52, by or ("tenant",))  # type: ignore[arg-type]
