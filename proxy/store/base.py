@@ -203,10 +203,12 @@ class StoreUnavailable(Exception):
         self.uncertain = uncertain
 
 
-Reason = Literal["open", "connect", "timeout", "closed", "refused", "full", "corrupt", "overloaded", "stopped"]
+Reason = Literal[
+    "open", "connect", "timeout", "closed", "refused", "moving", "full", "corrupt", "overloaded", "stopped"
+]
 """open: its circuit is open. connect: no connection. timeout: no reply in time. closed: the connection broke. refused:
-the server would not (loading, read-only, no permission). full: out of memory. corrupt: a key of ours holds something
-else. overloaded: too much is waiting already. stopped: the store was closed."""
+the server would not (loading, read-only, no permission). moving: our slot is changing places. full: out of memory.
+corrupt: a key of ours holds something else. overloaded: too much is waiting already. stopped: the store was closed."""
 
 
 class BudgetStore(Protocol):

@@ -32,7 +32,7 @@ class Fault(Exception):
         self.code = words[0]
         if self.code == "ERR" and (inner := _INNER.search(text)):
             self.code = inner[0]  # Redis 6.2 wraps what a command in a script answered
-        self.target = words[2] if self.code in ("MOVED", "ASK") and len(words) > 2 else ""
+        self.target = words[2] if self.code == "MOVED" and len(words) > 2 else ""
         """`host:port`; an empty host means the server that said so."""
 
 

@@ -34,23 +34,22 @@ class _Asked:
 
 
 class Dialer:
-    """Opens connections to one address. `timeout`: seconds for each answer, once the caller speaks.
+    """Opens connections to one address, for keys that have `tag` between their braces.
 
     `setup`: seconds that a connection may take altogether, discovery and TLS included.
     """
 
-    def __init__(self, address: Address, *, tag: bytes, timeout: float, setup: float) -> None:
+    def __init__(self, address: Address, *, tag: bytes, setup: float) -> None:
         self._address = address
         self._slot = slot_of(tag)
-        self._timeout = timeout
         self._setup = setup
         self._slot_owner: Host | None = None
         self._members: tuple[Host, ...] = ()
 
-    def moved(self, target: str, asked: Host) -> Host:
-        """Notes where our slot went; the next connection goes there."""
-        self._slot_owner = host = target_host(target, asked)
-        return host
+    def moved(self, target: str, asked: Host) -> None:
+        """Notes where our slot went (`host:port`; no host is the one asked): the next connection goes there."""
+        host, _, port = target.rpartition(":")
+        self._slot_owner = (host or asked[0], int(port)) if port.isascii() and port.isdigit() else None
 
     async def connect(self) -> tuple[Connection, Host]:
         """A connection that is ready for commands, and where it leads. Raises StoreUnavailable(connect, refused)."""
@@ -160,11 +159,3 @@ def _node(node: list[Any], asked: Host) -> Host:
     """A node of CLUSTER SLOTS; a server that does not know its own name leaves it empty."""
     host = (node[0] or b"").decode()
     return host if host and host != "?" else asked[0], int(node[1])
-
-
-def target_host(target: str, asked: Host) -> Host:
-    """The host of a redirection. Raises StoreUnavailable for what is none."""
-    host, _, port = target.rpartition(":")
-    if not port.isascii() or not port.isdigit():
-        raise StoreUnavailable("refused")
-    return host or asked[0], int(port)

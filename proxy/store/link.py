@@ -18,13 +18,23 @@ from proxy.store.address import Host
 from proxy.store.base import Reason, StoreUnavailable
 from proxy.store.circuit import Circuit
 from proxy.store.connection import Command, Connection, Fault, Words, pack
-from proxy.store.dial import Dialer, target_host
+from proxy.store.dial import Dialer
 
 MAX_WAITING: Final = 20_000
 REDIRECTIONS: Final = 4
 
-_OURS: Final[Mapping[str, Reason]] = {"OOM": "full", "WRONGTYPE": "corrupt", "ERR": "corrupt", "TRYAGAIN": "refused"}
-"""Answers to one command that say nothing against the server: others go on."""
+_OURS: Final[Mapping[str, Reason]] = {
+    "OOM": "full",
+    "WRONGTYPE": "corrupt",
+    "ERR": "corrupt",
+    "TRYAGAIN": "moving",
+    "ASK": "moving",
+}
+"""Answers to one command that say nothing against the server: others go on.
+
+ASK (a slot is on its way, try over there) is not followed, on purpose: over there, a key that has not arrived yet looks
+like one that never was, and a scope would begin anew at nothing spent. For that moment the store is away.
+"""
 
 StateListener = Callable[[bool, Reason | None], None]
 """Told when the circuit opens (False and why) and closes (True): once for each change."""
@@ -48,7 +58,6 @@ class Link:
         self._connection: Connection | None = None
         self._host: Host = ("", 0)
         self._connecting: asyncio.Task[None] | None = None
-        self._asides: dict[Host, asyncio.Task[Connection]] = {}
         self._queue: list[Command] = []
         self._flushes = False
         self._queue_timer: asyncio.TimerHandle | None = None
@@ -72,10 +81,9 @@ class Link:
 
     async def aclose(self) -> None:
         self._closed = True
-        tasks = [task for task in (self._connecting, *self._asides.values()) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
         for connection in list(self._open):
             connection.abort()
         queue, self._queue = self._queue, []
@@ -114,15 +122,12 @@ class Link:
             self._fail(queue, error.reason)
             return
         self._connecting = None
-        self._adopt(connection)
         if not connection.over:
+            connection.owner = self
+            connection.timeout = self._timeout
+            self._open.add(connection)
             self._connection = connection
         self._flush()
-
-    def _adopt(self, connection: Connection) -> None:
-        connection.owner = self
-        connection.timeout = self._timeout
-        self._open.add(connection)
 
     def _watch_queue(self) -> None:
         """Nobody waits longer for a connection than for an answer."""
@@ -157,6 +162,9 @@ class Link:
             self._connection = None
         if not unanswered:
             return  # an idle connection may be closed at any time
+        if self._closed:
+            self._fail(unanswered, "stopped", uncertain=True)
+            return
         reason: Reason = "timeout" if late else "closed"
         self._failure(reason)
         again = [] if late else [command for command in unanswered if self._may_try_again(command)]
@@ -168,7 +176,7 @@ class Link:
     def _may_try_again(self, command: Command) -> bool:
         command.tries += 1
         due = command.since + self._timeout
-        return command.tries == 1 and not self._circuit.is_open and not self._closed and self._loop.time() < due
+        return command.tries == 1 and not self._circuit.is_open and self._loop.time() < due
 
     def _fault(self, connection: Connection, command: Command, fault: Fault) -> None:
         if fault.code == "NOSCRIPT" and command.words[0] == b"EVALSHA":
@@ -176,8 +184,8 @@ class Link:
             command.words = (b"EVAL", self._texts[digest], *rest)  # type: ignore[index]  # of EVALSHA: the digest
             command.packed = pack(command.words)
             self._requeue(command)
-        elif fault.code in ("MOVED", "ASK"):
-            self._redirect(connection, command, fault)
+        elif fault.code == "MOVED":
+            self._moved(connection, command, fault)
         elif fault.code in _OURS:
             if self._circuit.troubled:
                 self._success()
@@ -196,44 +204,17 @@ class Link:
             self._queue.append(command)
             self._call_for_flush()
 
-    # -- redirections ------------------------------------------------------------------------------------------------
-
-    def _redirect(self, connection: Connection, command: Command, fault: Fault) -> None:
-        """MOVED: our slot lives elsewhere from now on. ASK: this one command is answered elsewhere, while it moves."""
+    def _moved(self, connection: Connection, command: Command, fault: Fault) -> None:
+        """Our slot lives elsewhere from now on."""
         command.tries += 1
-        try:
-            host = target_host(fault.target, self._host)
-        except StoreUnavailable as error:
-            self._fail([command], error.reason)
-            return
         if command.tries > REDIRECTIONS:
             self._fail([command], "refused")
-        elif fault.code == "ASK":
-            self._ask_aside(host, command)
-        else:
-            if connection is self._connection:
-                self._dialer.moved(fault.target, self._host)
-                self._connection = None
-                connection.close_when_answered()  # further answers of this kind may be under way
-            self._requeue(command)
-
-    def _ask_aside(self, host: Host, command: Command) -> None:
-        task = self._asides.get(host)
-        if task is None or (task.done() and (task.cancelled() or task.exception() or task.result().over)):
-            task = self._asides[host] = self._loop.create_task(self._dialer.open(host))
-        task.add_done_callback(lambda done: self._send_aside(done, command))
-
-    def _send_aside(self, done: asyncio.Task[Connection], command: Command) -> None:
-        if done.cancelled() or done.exception() is not None:
-            self._fail([command], "connect")
             return
-        connection = done.result()
-        if connection.over:
-            self._fail([command], "closed")
-            return
-        self._adopt(connection)
-        asking = Command((b"ASKING",), self._loop.create_future(), self._loop.time())
-        connection.send([asking, command])
+        if connection is self._connection:
+            self._dialer.moved(fault.target, self._host)
+            self._connection = None
+            connection.close_when_answered()  # more answers of this kind are under way
+        self._requeue(command)
 
     # -- outcomes ----------------------------------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class RedisStore:
         timeout = timeout_ms / 1000
 
         def link(seconds: float, heard: StateListener | None) -> Link:
-            dialer = Dialer(address, tag=tag, timeout=seconds, setup=max(setup_ms / 1000, seconds))
+            dialer = Dialer(address, tag=tag, setup=max(setup_ms / 1000, seconds))
             return Link(dialer, timeout=seconds, texts=self._scripts.texts, listener=heard)
 
         self._link = link(timeout, listener)

@@ -36,7 +36,7 @@ record = {LIVES, whole(ARGV[7], 1), 0}
 for index = 1, #scopes do
   local parts = {}
   take(scopes[index], parts, want[1], want[2], want[3], 1)
-  record[3 + index] = {scopes[index].key, parts}
+  record[3 + index] = {scopes[index].key, parts, scopes[index][BORN]}
 end
 flush()
 call('SET', KEYS[4], cmsgpack.pack(record))

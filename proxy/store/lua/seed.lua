@@ -9,7 +9,7 @@ for index = 5, #KEYS do
   local known = {unpack_at('<dddddd', ARGV[index + 1])}
   local scope = load(KEYS[index])
   if not scope then
-    scope = {LAYOUT, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, hour, day, month, 0, 0, 0, second - RING}
+    scope = {LAYOUT, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, hour, day, month, 0, 0, 0, second - RING, steady}
     scope.created = string.rep('\0', HEAD_BYTES + RING * BUCKET_BYTES)
     remember(KEYS[index], scope)
     scope.changed = true

@@ -75,10 +75,10 @@ else
     local entry = record[index]
     local scope = load(entry[1], true)
     local used = own[entry[1]] or actual
-    if scope and answer == 'L' then
-      correct(scope, entry[2], entry[3], used, entry[4])
-    elseif scope then
-      release(scope, entry[2], used[1], used[2], used[3])
+    if scope and answer == 'S' then
+      finish(scope, entry, used)
+    elseif scope and entry[3] == scope[BORN] then
+      correct(scope, entry[2], entry[4], used, entry[5])
     end
   end
 end

@@ -29,7 +29,11 @@ local limits, wants = {}, {}
 for index = 1, covered do
   limits[index] = read_limits(ARGV[8 + index])
   local entry = entries[KEYS[4 + index]]
-  if entry then
+  if entry and entry[3] ~= scopes[index][BORN] then
+    -- These windows were lost and seeded anew, and never held it: it joins them like any other.
+    entry[2], entry[3] = {}, scopes[index][BORN]
+    wants[index] = {ask[1], ask[2], ask[3], 1}
+  elseif entry then
     local requests, tokens, usd = asked(entry[2])
     wants[index] = {max(0, ask[1] - requests), max(0, ask[2] - tokens), max(0, ask[3] - usd), 0}
   else
@@ -49,7 +53,7 @@ for index = covered + 1, #KEYS - 4 do
     left[key] = true
     local used = {unpack_at('<ddd', ARGV[8 + index])}
     local scope = load(key, true)
-    if scope then release(scope, entries[key][2], used[1], used[2], used[3]) end
+    if scope then finish(scope, entries[key], used) end
   end
 end
 local kept = {record[1], record[2], record[3]}
@@ -60,7 +64,7 @@ for index = 1, covered do
   local want = wants[index]
   local entry = entries[KEYS[4 + index]]
   if not entry then
-    entry = {KEYS[4 + index], {}}
+    entry = {KEYS[4 + index], {}, scopes[index][BORN]}
     kept[#kept + 1] = entry
   end
   if want[1] > 0 or want[2] > 0 or want[3] > 0 or want[4] > 0 then

@@ -4,7 +4,7 @@
 -- at the end. So whatever is wrong with an argument or a key is found before the first write, and an error leaves
 -- nothing half done. (Redis does not roll a script back.)
 --
--- A scope is one string: a head of 19 doubles, then a ring of 61 buckets of 6 doubles, little-endian. Doubles hold
+-- A scope is one string: a head of 20 doubles, then a ring of 61 buckets of 6 doubles, little-endian. Doubles hold
 -- every integer below 2^53, and one unpack costs a tenth of twenty fields of a hash.
 --
 -- The keys and arguments of every verb begin alike:
@@ -16,9 +16,9 @@ local call, floor, min, max = redis.call, math.floor, math.min, math.max
 local pack, unpack_at = struct.pack, struct.unpack
 local RING, MAX_SUM, MAX_AMOUNT, LAYOUT = 61, 9007199254740991, 8796093022208, 1
 local HOUR, DAY, STEP = 3600000, 86400000, 1000
-local HEAD, HEAD_BYTES = '<ddddddddddddddddddd', 152
+local HEAD, HEAD_BYTES = '<dddddddddddddddddddd', 160
 local BUCKET, BUCKET_BYTES = '<dddddd', 48
-local SECOND, SPENT, HELD, OPEN, LIVE, HOUR_ID, HOUR_SPENT, LAST = 2, 3, 6, 9, 12, 13, 16, 19
+local SECOND, SPENT, HELD, OPEN, LIVE, HOUR_ID, HOUR_SPENT, LAST, BORN = 2, 3, 6, 9, 12, 13, 16, 19, 20
 local LIVES, EXPIRED, SETTLED = 0, 1, 2
 
 local function whole(text, largest)
@@ -133,12 +133,14 @@ local function roll(scope)
 end
 
 -- The scope under a key, brought up to now; nil where there is none. A key of another kind is an error of the caller's
--- own scope; in somebody else's reservation (`foreign`) it must not stop this call.
+-- own scope; in somebody else's reservation (`foreign`) it must not stop this call. The second answer is true where the
+-- key cannot be read here at this moment: its cluster slot is on its way.
 local function load(key, foreign)
   local scope = loaded[key]
   if scope then return scope end
   local raw = (foreign and redis.pcall or call)('GETRANGE', key, 0, HEAD_BYTES - 1)
   if raw == '' then return nil end
+  if type(raw) == 'table' and not string.find(raw.err, 'WRONGTYPE', 1, true) then return nil, true end
   if type(raw) == 'table' or #raw < HEAD_BYTES or unpack_at('<d', raw) ~= LAYOUT then
     if foreign then return nil end
     error('bw: another layout')
@@ -176,7 +178,7 @@ local function write_scope(scope)
       call('SETRANGE', scope.key, HEAD_BYTES + index * BUCKET_BYTES, pack(BUCKET, unpack(values, 1, 6)))
     end
   end
-  call('SETRANGE', scope.key, 0, pack(HEAD, unpack(scope, 1, 19)))
+  call('SETRANGE', scope.key, 0, pack(HEAD, unpack(scope, 1, 20)))
   -- Windows outlive their month by far; those of a tenant that is no more leave in the end.
   if scope.created or scope[HOUR_ID + 1] ~= scope.written_day then call('PEXPIRE', scope.key, 70 * DAY) end
 end
@@ -281,6 +283,17 @@ local function correct(scope, parts, charged, used, windows)
   end
 end
 
+-- Ends an entry of a reservation in its scope. Windows that were lost and seeded anew (BORN) never held it: there, what
+-- was used is spent, and nothing is given back.
+local function finish(scope, entry, used)
+  if entry[3] == scope[BORN] then
+    release(scope, entry[2], used[1], used[2], used[3])
+  else
+    spend_now(scope, used[1], used[2], used[3])
+    spend_calendar(scope, used[3])
+  end
+end
+
 local function asked(parts)
   local requests, tokens, usd = 0, 0, 0
   for index = 1, #parts, 4 do
@@ -289,8 +302,8 @@ local function asked(parts)
   return requests, tokens, usd
 end
 
--- Reservations: a packed list of state, policy, time to forget it, then for each scope its key, its parts and, once it
--- is expired, what it was charged and in which calendar windows. ---------------------------------------------------
+-- Reservations: a packed list of state, policy, time to forget it, then for each scope its key, the parts, when those
+-- windows began and, once it is expired, what it was charged and in which calendar windows. -------------------------
 
 local ended, ended_by_key = {}, {}
 
@@ -312,27 +325,47 @@ local function keep_ended(key, record)
 end
 
 -- Lost reservations: booked by whoever comes next, at most 20 a call. KEYS[2] is the sorted set of leases.
+local LATER = 60000
 local lost = {}
+
+-- The scopes of a lost reservation, each beside its entry; nil if one of them cannot be read at this moment.
+local function reach(record)
+  local scopes = {}
+  for index = 4, #record do
+    local scope, elsewhere = load(record[index][1], true)
+    if elsewhere then return nil end
+    scopes[index] = scope or false
+  end
+  return scopes
+end
 
 local function expire(id)
   local key = ARGV[2] .. id
   local raw = redis.pcall('GET', key)
+  local most = {id = id, 0, 0, 0}
+  lost[#lost + 1] = most
+  if type(raw) == 'table' and not string.find(raw.err, 'WRONGTYPE', 1, true) then
+    most.later = true
+    return
+  end
   local readable, record = pcall(cmsgpack.unpack, raw)
-  lost[#lost + 1] = {id, 0, 0, 0}
   if not readable or type(record) ~= 'table' or record[1] ~= LIVES then return end
-  local most = lost[#lost]
+  local scopes = reach(record)
+  if not scopes then
+    most.later = true
+    return
+  end
   record[1] = EXPIRED
   for index = 4, #record do
-    local entry = record[index]
-    local scope = load(entry[1], true)
+    local entry, scope = record[index], scopes[index]
     local charged = {0, 0, 0}
     if record[2] == 1 then charged = {asked(entry[2])} end
-    entry[3], entry[4] = charged, {0, 0, 0}
+    entry[4], entry[5] = charged, {0, 0, 0}
     if scope then
-      release(scope, entry[2], charged[1], charged[2], charged[3])
-      entry[4] = {scope[HOUR_ID], scope[HOUR_ID + 1], scope[HOUR_ID + 2]}
+      finish(scope, entry, charged)
+      entry[5] = {scope[HOUR_ID], scope[HOUR_ID + 1], scope[HOUR_ID + 2]}
     end
-    for kind = 1, 3 do most[kind + 1] = max(most[kind + 1], charged[kind]) end
+    for kind = 1, 3 do most[kind] = max(most[kind], charged[kind]) end
   end
   most.booked = true
   keep_ended(key, record)
@@ -350,7 +383,7 @@ end
 -- Writes everything that changed. The first write removes from a sorted set wherever something was lost or settled:
 -- with it a script may go on although memory is full.
 local function flush()
-  for index = 1, #lost do call('ZREM', KEYS[2], lost[index][1]) end
+  for index = 1, #lost do call('ZREM', KEYS[2], lost[index].id) end
   for index = 1, #ended do
     local each = ended[index]
     call('SET', each[1], cmsgpack.pack(each[2]), 'PX', ARGV[3])
@@ -360,9 +393,10 @@ local function flush()
   end
   for index = 1, #lost do
     local each = lost[index]
+    if each.later then call('ZADD', KEYS[2], exact(steady + LATER), each.id) end
     if each.booked then
-      redis.pcall('XADD', KEYS[3], 'MAXLEN', '~', ARGV[4], '*', 'lost', each[1], 'requests', exact(each[2]), 'tokens',
-        exact(each[3]), 'nano_usd', exact(each[4]))
+      redis.pcall('XADD', KEYS[3], 'MAXLEN', '~', ARGV[4], '*', 'lost', each.id, 'requests', exact(each[1]), 'tokens',
+        exact(each[2]), 'nano_usd', exact(each[3]))
     end
   end
   if clock_moved then write_epoch() end
