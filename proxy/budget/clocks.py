@@ -1,7 +1,9 @@
 """The two times that a budget knows: steady milliseconds, and calendar windows in UTC. Pure integers.
 
 *Wall* time is milliseconds since 1970 in UTC, as a clock of the machine reads it; it names hours, days and months.
-*Steady* time is wall time plus the sum of all steps back that were seen; minute windows and leases run on it.
+*Steady* time is wall time plus the sum of all steps back that were seen; minute windows and leases run on it. It knows
+a step only to a second, so that it need not be written down at every reading: it may go back by less than two, and
+whoever keeps seconds keeps the largest.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Moment(NamedTuple):
 
 
 class Steady:
-    """Turns readings of a wall clock, which may be set back, into moments whose steady time never steps back."""
+    """Turns readings of a wall clock, which may be set back, into moments of a steady time, which goes on."""
 
     __slots__ = ("_day", "_month", "last_ms", "shift_ms")
 
