@@ -50,7 +50,7 @@ class TcpProxy:
         """Resets every connection."""
         for writer in list(self._writers):
             sock = writer.get_extra_info("socket")
-            if sock is not None and self._tls is None:
+            if sock is not None and sock.fileno() >= 0 and self._tls is None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
@@ -58,22 +58,24 @@ class TcpProxy:
         self.connections += 1
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._port)
         self._writers |= {writer, upstream_writer}
+        ways = [
+            asyncio.ensure_future(self._up(reader, upstream_writer)),
+            asyncio.ensure_future(self._down(upstream_reader, writer)),
+        ]
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._up(reader, upstream_writer))
-                group.create_task(self._down(upstream_reader, writer))
-        except* OSError:
-            pass
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._writers -= {writer, upstream_writer}
             for each in (writer, upstream_writer):
                 each.transport.abort()
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
 
     async def _up(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 20):
             self.pieces += 1
             writer.write(data)
-        raise ConnectionResetError
 
     async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 20):
@@ -81,12 +83,11 @@ class TcpProxy:
                 self.swallowed.set()
                 if self.reset:
                     self.swallow_replies = False
-                    raise ConnectionResetError
+                    return
                 continue
             if self.delay:
                 await asyncio.sleep(self.delay)
             writer.write(data)
-        raise ConnectionResetError
 
 
 @contextlib.asynccontextmanager
