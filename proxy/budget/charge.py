@@ -285,6 +285,7 @@ class Charge:
                 )
             )
         )
-        self._record.usage = usage if self._record.usage is None else added(self._record.usage, usage)
+        if attempt.meter is not None or not usage.estimated:
+            self._record.usage = usage if self._record.usage is None else added(self._record.usage, usage)
         if complete and not usage.estimated and self.want.generates:
             self._budget.learn(self.policy.tenant, plan, usage, self.want.choices)

@@ -404,3 +404,17 @@ async def test_what_is_learnt_is_what_the_next_one_reserves() -> None:
     cheap = Target("alpha", "m2", "other label")
     async with scene.budget.hold(TENANT, "", want(), [cheap], Record()):
         assert (await scene.row()).held_tokens > 1024
+
+
+async def test_a_pass_through_is_counted_and_its_cost_is_unknown() -> None:
+    scene = Scene(BudgetSettings(requests_per_minute=5, tokens_per_minute=100_000))
+    ask = want()
+    ask.ask.dialect = "passthrough"
+    record = Record()
+    async with scene.budget.hold(TENANT, "", ask, [TARGET], record) as charge:
+        await charge.cover(TARGET)
+        charge.answered(200)
+        charge.see(Event(b"\x00\x01 anything"))
+    assert (record.usage, record.nano_usd) == (None, None)
+    assert (await scene.row()).minute_requests == 1
+    assert (await scene.used())[0].usage.cost_unknown == 1
