@@ -5,8 +5,8 @@ Heavy parts that a configuration does not use are imported only when it does (HT
 
 from __future__ import annotations
 
-import asyncio
 import ssl
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -68,7 +68,7 @@ def create_app(
 ) -> Running:
     """Builds the whole on the running event loop. Raises OSError and ScriptError for files that cannot be read."""
     settings = loaded.settings
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic  # the loop's own clock has steps of a millisecond: good for deadlines, not for measuring
     executor = ThreadPoolExecutor(1, thread_name_prefix="tokens")
     providers = {name: _provider(name, one, scrubber) for name, one in settings.providers.items()}
     routing = Routing((Route(model.name, model.targets[0]) for model in settings.models), providers)
@@ -111,6 +111,7 @@ def create_app(
         body_bytes=listen.max_body_bytes,
         head_seconds=listen.header_timeout_ms / 1000,
         body_seconds=listen.body_timeout_ms / 1000,
+        write_seconds=listen.write_timeout_ms / 1000,
         keep_alive_seconds=listen.keep_alive_ms / 1000,
     )
     return Running(gateway, side, limits, metrics, providers, executor)

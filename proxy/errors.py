@@ -206,8 +206,9 @@ class UpstreamRateLimited(UpstreamError):
 class StreamInterrupted(UpstreamError):
     """Only ever an SSE event, the last one of its stream.
 
-    `event` is the provider's own error event, complete, where it sent one that every SDK raises on; else ours is
-    written.
+    `event` is the provider's own error event, complete, where it sent one that clients of its API know: an error
+    object, on which every SDK raises, or the flat `error` event of a response, which SDKs hand to the application. Else
+    ours is written.
     """
 
     code = "stream_interrupted"
@@ -219,7 +220,10 @@ class StreamInterrupted(UpstreamError):
 
 
 def envelope(error: ProxyError) -> bytes:
-    """The OpenAI envelope: `{"error": {message, type, param, code}, "breakwater": {…}?}`."""
+    """The OpenAI envelope: `{"error": {message, type, param, code, "breakwater": {…}?}}`.
+
+    The details stand inside, because SDKs give their users the inner object only.
+    """
     body: dict[str, Any] = {
         "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     }

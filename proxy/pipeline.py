@@ -6,7 +6,8 @@ pushed to `out` inside of it, by one path for streamed and plain replies: a plai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ class Tenants(Protocol):
 
 
 class Pipeline:
-    """Constructed once. `clock` is the event loop's (seconds)."""
+    """Constructed once. `clock` is monotonic (seconds)."""
 
     def __init__(
         self,
@@ -48,11 +49,15 @@ class Pipeline:
         self.tenants_configured = tenants_configured
         self.clock = clock
 
-    async def handle(self, call: Call, out: Out) -> None:
-        """Serves `call` into `out`. Raises ProxyError; before or after the first forwarded event, `out` knows which."""
+    async def handle(self, call: Call, read: Callable[[], Awaitable[bytes]], out: Out) -> None:
+        """Serves `call`, whose body is still to be `read`, into `out`.
+
+        Raises ProxyError; before or after the first forwarded event, `out` knows which.
+        """
         record = out.record
         tenant = self.tenants.identify(call)  # 401, 403
         record.tenant = tenant.name
+        call.body = await read()  # 413; nobody without a key makes us hold a byte of it
         ask = requests.parse(call, tenant, tenants_configured=self.tenants_configured)  # 400, 404, 405
         record.route = ask.route
         if ask.dialect == "models":
@@ -64,11 +69,12 @@ class Pipeline:
             record.stream = True
             out.expect_stream()
         attempt = Attempt(self.providers[target.provider], ask, target, record, self.clock)
-        async with Metered(self.counter, ask, target, record) as meter, attempt as reply:  # 429, 503, 504
-            await self._push(reply, meter, out)
+        with Metered(self.counter, ask, target, out) as meter:
+            async with attempt as reply:  # 429, 503, 504
+                await self._push(reply, meter, out)
 
     def _target(self, ask: Ask, tenant: Tenant) -> Target:
-        if ask.dialect == "passthrough" or not ask.model:
+        if ask.dialect == "passthrough":
             return self.routing.passthrough(tenant)
         return self.routing.target(ask.model, tenant)
 
@@ -83,11 +89,20 @@ class Pipeline:
                 await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
             await out.write(event)
         if not started:
-            await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length or 0)
+            await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
 
 
 class Attempt:
     """One try at one target: times it, closes its reply, and tells an error where it happened."""
+
+    __slots__ = (
+        "_ask",
+        "_clock",
+        "_provider",
+        "_record",
+        "_reply",
+        "_target",
+    )
 
     def __init__(
         self, provider: Provider, ask: Ask, target: Target, record: Record, clock: Callable[[], float]
@@ -119,6 +134,8 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._record.upstream_ended = self._clock()
+        if isinstance(error, UpstreamError) and not self._record.first_event:
+            self._explain(error)
         if self._reply is not None:
             await self._reply.aclose()
 
@@ -126,6 +143,7 @@ class Attempt:
         """Adds the list of attempts, and stops SDKs from repeating what was given up on its merits."""
         status = error.details.pop("upstream_status", None)
         self._record.upstream_status = status or 0
+        self._record.upstream_request_id = error.details.pop("upstream_request_id", "")
         attempt: dict[str, Any] = {"target": f"{self._target.provider}/{self._target.model}".rstrip("/")}
         attempt["status"] = status
         attempt["reason"] = getattr(error, "reason", error.code)
@@ -139,18 +157,30 @@ class Metered:
     """What one reply costs in tokens: the provider's figures where it gives them, counted and marked otherwise.
 
     The last usage seen wins (some servers send a running total with every chunk). Written to the record on every way
-    out: a hang-up or a cut leaves an estimate of what was forwarded.
+    out: a hang-up or a cut leaves an estimate of what was forwarded. Counting can take its time, so it is done
+    afterwards.
     """
 
-    def __init__(self, counter: Counter, ask: Ask, target: Target, record: Record) -> None:
+    __slots__ = (
+        "_ask",
+        "_counter",
+        "_meter",
+        "_out",
+        "_record",
+        "_seen",
+        "_target",
+    )
+
+    def __init__(self, counter: Counter, ask: Ask, target: Target, out: Out) -> None:
         self._counter = counter
         self._ask = ask
         self._target = target
-        self._record = record
+        self._out = out
+        self._record = out.record
         self._meter: Meter | None = Meter() if ask.dialect != "passthrough" else None
         self._seen = False
 
-    async def __aenter__(self) -> Metered:
+    def __enter__(self) -> Metered:
         return self
 
     def see(self, event: Event) -> None:
@@ -160,13 +190,15 @@ class Metered:
         elif self._meter is not None:
             self._meter.see(event.data)
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         record = self._record
-        if self._meter is None or not self._seen or record.usage is not None or record.upstream_status >= 300:
-            return
+        if self._meter is not None and self._seen and record.usage is None and record.upstream_status < 300:
+            self._out.afterwards(partial(self._estimate, self._meter))
+
+    async def _estimate(self, meter: Meter) -> None:
         encoding = encoding_of(self._target.model)
         prompt = await self._counter.count_prompt(self._ask.dialect, self._ask.fields, encoding)
-        output = await self._meter.output_tokens(self._counter, encoding)
-        record.usage = Usage(prompt, output, estimated=True)
+        output = await meter.output_tokens(self._counter, encoding)
+        self._record.usage = Usage(prompt, output, estimated=True)

@@ -7,13 +7,12 @@ a provider directly.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from proxy.errors import NotFound
-from proxy.types import Target, Tenant
+from proxy.globs import compiled, matches
+from proxy.types import OTHER, Target, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class Routing:
         self.providers = tuple(providers)
         self._exact: Mapping[str, Route] = {route.name: route for route in self.routes if "*" not in route.name}
         globs = [route for route in self.routes if "*" in route.name]
-        self._globs = [(_compiled(route.name), route) for route in sorted(globs, key=lambda r: -len(r.name))]
+        self._globs = [(compiled(route.name), route) for route in sorted(globs, key=lambda r: -len(r.name))]
         self._targets = {name: _target(route, "") for name, route in self._exact.items()}
 
     def target(self, model: str, tenant: Tenant) -> Target:
@@ -59,20 +58,14 @@ class Routing:
         provider = self.providers[0]
         if tenant.providers is not None and provider not in tenant.providers:
             raise NotFound("This key may not use the provider that serves this path.", code="unsupported_route")
-        return Target(provider, "", "")
+        return Target(provider, "", OTHER)
 
 
 def allows(tenant: Tenant, model: str, target: Target) -> bool:
     """Whether `tenant` may ask for `model` and be answered by `target`."""
     if tenant.providers is not None and target.provider not in tenant.providers:
         return False
-    return tenant.models is None or any(fnmatchcase(model, pattern) for pattern in tenant.models)
-
-
-def _compiled(glob: str) -> re.Pattern[str]:
-    """`*` captures; a second `*` only matches."""
-    first, _, rest = glob.partition("*")
-    return re.compile(re.escape(first) + "(.*)" + re.escape(rest).replace(r"\*", ".*"), re.DOTALL)
+    return tenant.models is None or any(matches(glob, model) for glob in tenant.models)
 
 
 def _target(route: Route, matched: str) -> Target:

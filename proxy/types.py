@@ -14,7 +14,7 @@ Units: times are seconds as floats (or carry `_ms`), sizes are bytes, header nam
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
@@ -31,7 +31,7 @@ OTHER: Final = "other"
 
 @dataclass(slots=True)
 class Call:
-    """One client request, complete, as it reached us. Nothing in it is interpreted yet."""
+    """One client request as it reached us. Nothing in it is interpreted yet."""
 
     method: str
     path: str
@@ -41,6 +41,7 @@ class Call:
     query: bytes
     headers: Headers
     body: bytes
+    """Empty until it was read: only for those who may ask at all."""
     request_id: str
     traceparent: str
     """Of the span that we opened for this request: forwarded upstream and returned to the client."""
@@ -85,12 +86,12 @@ class Target:
     provider: str
     model: str
     label: str
-    """The configured model name or glob that matched: the `model` label of metrics."""
+    """The configured model name or glob that matched, or `other`: the `model` label of metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whose request it is, and what it may do. Globs are `fnmatch` patterns; None means no restriction."""
+    """Whose request it is, and what it may do. None means no restriction; a pattern's `*` stands for anything."""
 
     name: str
     models: Sequence[str] | None = None
@@ -119,20 +120,17 @@ class Usage:
         return self.input + self.output
 
 
-class Event:
+class Event(msgspec.Struct, gc=False):
     """One push to the client.
 
     Of a plain reply: its whole body. Of a stream: one or more complete SSE events, as one read brought them.
     Of a pass-through: whatever one read brought.
     """
 
-    __slots__ = ("data", "terminator", "usage")
-
-    def __init__(self, data: bytes, usage: Usage | None = None, terminator: int = 0) -> None:
-        self.data = data
-        self.usage = usage
-        self.terminator = terminator
-        """Bytes at the end of `data` that are the stream's terminator; 0 while it goes on."""
+    data: bytes
+    usage: Usage | None = None
+    terminator: int = 0
+    """Bytes at the end of `data` that are the stream's terminator; 0 while it goes on."""
 
 
 class Reply(Protocol):
@@ -171,7 +169,7 @@ class Record:
     nano_usd: int | None = None
     """Their cost in nano-dollars; None where nobody knows a price."""
     upstream_started: float = 0.0
-    """Clock readings (the event loop's, seconds); 0.0 is `never`."""
+    """Readings of a monotonic clock (seconds); 0.0 is `never`."""
     first_event: float = 0.0
     upstream_ended: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -190,3 +188,6 @@ class Out(Protocol):
 
     async def write(self, event: Event) -> None:
         """One event's bytes; waits while the client's buffer is full."""
+
+    def afterwards(self, job: Callable[[], Awaitable[None]]) -> None:
+        """`job` is run once the client has its last byte, or can get none: no answer waits for the books."""

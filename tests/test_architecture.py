@@ -13,7 +13,7 @@ from tests.architecture import Layout, Rule, Sources, module, read
 
 LAYOUT = Layout(
     ranks=(
-        (0, "proxy.__init__ proxy.types proxy.errors proxy.settings"),  # the words that everything shares
+        (0, "proxy.__init__ proxy.types proxy.errors proxy.settings proxy.globs"),  # the words that everything shares
         (0, "proxy.budget.amounts"),  # what the store's port and the arithmetic of windows both speak of
         (0, "proxy.money proxy.budget.settings"),  # limits and prices are written under providers and tenants too
         (1, "proxy.*.base proxy.*.settings proxy.*.__init__"),  # ports, and what a room can be told

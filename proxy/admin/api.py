@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from proxy import __version__
-from proxy.errors import MethodNotAllowed, NotFound, envelope
+from proxy.errors import InternalError, MethodNotAllowed, NotFound, envelope
 
 
 class Status(BaseModel):
@@ -63,6 +63,11 @@ def create_admin(*, config_hash: str, effective: Callable[[], dict[str, Any]], i
             if error.status_code == 405
             else NotFound("There is nothing here. /admin/openapi.json lists what there is.")
         )
-        return Response(envelope(known), known.status, media_type="application/json")
+        return Response(envelope(known), known.status, error.headers, media_type="application/json")
+
+    @app.exception_handler(Exception)
+    async def fault_of_ours(request: Request, error: Exception) -> Response:
+        fault = InternalError()
+        return Response(envelope(fault), fault.status, media_type="application/json")
 
     return app

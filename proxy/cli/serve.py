@@ -118,7 +118,8 @@ async def _serve(
         await server.serve()
     finally:
         await running.aclose()
-        bus.emit(ServerStopped(uptime=time.monotonic() - started, cut=running.gateway.interrupted))
+        if ready:
+            bus.emit(ServerStopped(uptime=time.monotonic() - started, cut=running.gateway.interrupted))
 
 
 def _address(host: str, port: int) -> str:

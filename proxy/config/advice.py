@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 
 from proxy.config.references import Finding
 from proxy.config.settings import Settings
+from proxy.globs import matches
 from proxy.providers.settings import OpenAISettings
 
 
@@ -26,7 +26,7 @@ def warnings(settings: Settings) -> Iterator[Finding]:
         return
     for index, tenant in enumerate(settings.tenants):
         for position, glob in enumerate(tenant.models or ()):
-            if not any(fnmatchcase(name, glob) for name in names):
+            if not any(matches(glob, name) for name in names):
                 yield ("tenants", index, "models", position), "matches none of the configured models"
 
 

@@ -43,7 +43,7 @@ def v1_path(path: str) -> str | None:
 
 
 class Gateway:
-    """The application. One per process; `random(n)` gives n random bytes, `clock` is the event loop's."""
+    """The application. One per process; `random(n)` gives n random bytes, `clock` is monotonic."""
 
     def __init__(
         self,
@@ -138,8 +138,9 @@ class Side:
                 if not self._admin_keys.accept(scope["headers"]):
                     raise InvalidKey
                 if self._admin is None:
-                    self._admin = self._build_admin()
-                await self._admin(scope, receive, send)
+                    # A third of a second of imports, which must not stand in the way of everybody's streams.
+                    self._admin = await asyncio.to_thread(self._build_admin)
+                await self._admin(scope, receive, _with_ids(scope, send))
             else:
                 raise NotFound("There is nothing here. The API is under /v1.")
         except ProxyError as error:
@@ -152,15 +153,33 @@ class Side:
             raise InvalidKey
 
 
+def _ids(scope: Any) -> Headers:
+    """What every answer carries."""
+    sent = dict(scope["headers"])
+    return [
+        (b"x-request-id", request_id(sent.get(b"x-request-id"), _random).encode()),
+        (b"traceparent", traceparent(sent.get(b"traceparent"), _random).encode()),
+    ]
+
+
+def _with_ids(scope: Any, send: Any) -> Any:
+    """`send` for an application that knows nothing of ids."""
+
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *_ids(scope)]}
+        await send(message)
+
+    return sending
+
+
 async def _answer(
     scope: Any, send: Any, status: int, body: bytes, content_type: bytes, extra: Headers | None = None
 ) -> None:
-    sent = dict(scope["headers"])
     headers: Headers = [
         (b"content-type", content_type),
         (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", request_id(sent.get(b"x-request-id"), _random).encode()),
-        (b"traceparent", traceparent(sent.get(b"traceparent"), _random).encode()),
+        *_ids(scope),
         *(extra or []),
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 LostReason = Literal["gone", "too_large", "body_timeout", "malformed"]
 """Why a running request has no client any more: it left; or the guard refused the rest of its body, and has answered
@@ -12,15 +12,20 @@ with 413, 408 or 400 as far as an answer was still possible."""
 OnLost = Callable[[LostReason], None]
 
 
+class Response(Protocol):
+    def push(self, data: bytes) -> bool: ...
+
+
 class Connection:
     """Found in `scope["extensions"]["breakwater"]`: one object per connection, always about its running request."""
 
-    __slots__ = ("_callbacks", "_reason", "_transport")
+    __slots__ = ("_callbacks", "_reason", "_response", "_transport")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._callbacks: list[OnLost] = []
         self._reason: LostReason | None = None
+        self._response: Response | None = None
 
     def on_lost(self, callback: OnLost) -> None:
         """Calls back, synchronously and once, when the running request loses its client; at once if it already has.
@@ -43,10 +48,18 @@ class Connection:
         """Cuts the connection, for a body that cannot be completed: a clean end would look like success."""
         self._transport.abort()
 
+    def push(self, data: bytes) -> bool:
+        """Writes a piece of the running response's body at once. False: not possible now, `send` is the way.
+
+        What a streamed chunk costs is paid thousands of times a second; this is ASGI's `send` without its message.
+        """
+        return self._response is not None and self._response.push(data)
+
     # The server's side
 
-    def next_request(self) -> None:
+    def next_request(self, response: Response) -> None:
         """Callbacks that the last request left behind are not about this one."""
+        self._response = response
         if self._callbacks:
             self._callbacks = []
 
@@ -54,6 +67,7 @@ class Connection:
         """The first reason counts; the connection serves no request after it."""
         if self._reason is None:
             self._reason = reason
+        self._response = None
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback(reason)

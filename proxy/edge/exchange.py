@@ -4,11 +4,7 @@ It runs in one task, the one that the server made for the request. A hang-up, a 
 cancel that task, each with its reason; nothing else listens. Whatever happens, exactly one `request.finished` or
 `request.refused` is emitted, at the very end, in one place.
 
-What the client has been sent decides how an error reaches it::
-
-    nothing yet               a status and the envelope
-    200 of an event stream    one error event, the last event
-    part of another body      the connection is cut: a clean end would look like success
+`Answer` is its way out: what the client is sent, and in which form an error still can be.
 """
 
 from __future__ import annotations
@@ -17,9 +13,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
+from urllib.parse import unquote_to_bytes
 
-import orjson
-
+from proxy.edge.answer import Answer
 from proxy.edge.connection import LostReason
 from proxy.edge.headers import request_id, traceparent
 from proxy.errors import (
@@ -28,22 +24,13 @@ from proxy.errors import (
     ProxyError,
     RequestTooLarge,
     StreamInterrupted,
-    UpstreamUnavailable,
-    envelope,
-    sse_event,
 )
 from proxy.observability.events import Bus, InternalFault, RequestFinished, RequestRefused
 from proxy.pipeline import Pipeline
-from proxy.types import Call, Event, Headers, Record
+from proxy.types import Call
+from proxy.validation.requests import route_of
 
 CLIENT_LEFT: Final = 499
-_KEEP_ALIVE: Final = b": keep-alive\n\n"
-_JSON: Final = (b"content-type", b"application/json")
-_STREAM_HEADERS: Final[Headers] = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 Reason = LostReason | Literal["shutdown"]
 """Why the task was cancelled."""
 _ANSWERED_BY_GUARD: Final = {
@@ -55,7 +42,7 @@ _ANSWERED_BY_GUARD: Final = {
 
 @dataclass(slots=True)
 class Service:
-    """What all exchanges of a process share. `clock` is the event loop's, `random(n)` gives n random bytes."""
+    """What all exchanges of a process share. `clock` is monotonic (seconds), `random(n)` gives n random bytes."""
 
     pipeline: Pipeline
     bus: Bus
@@ -70,36 +57,48 @@ class Service:
 
 
 class Exchange:
-    """Implements `Out` for the pipeline. `scope`, `receive` and `send` are ASGI's."""
+    """`scope`, `receive` and `send` are ASGI's."""
+
+    __slots__ = (
+        "_answer",
+        "_bytes_in",
+        "_connection",
+        "_ended",
+        "_path",
+        "_reason",
+        "_receive",
+        "_request_id",
+        "_scope",
+        "_service",
+        "_started",
+        "_task",
+        "_traceparent",
+    )
 
     def __init__(self, service: Service, path: str, scope: Any, receive: Any, send: Any) -> None:
-        self.record = Record()
         self._service = service
         self._path = path
         self._scope = scope
         self._receive = receive
-        self._send = send
         self._connection = scope["extensions"]["breakwater"]
         headers = dict(scope["headers"])
         self._request_id = request_id(headers.get(b"x-request-id"), service.random)
         self._traceparent = traceparent(headers.get(b"traceparent"), service.random)
-        self._trailer = headers.get(b"x-breakwater-trailer") == b"1"
         self._started = service.clock()
+        self._answer = Answer(
+            send,
+            self._connection,
+            request_id=self._request_id,
+            traceparent=self._traceparent,
+            trailer=headers.get(b"x-breakwater-trailer") == b"1",
+            clock=service.clock,
+            silence=service.silence,
+        )
         self._task: asyncio.Task[Any] | None = None
         self._reason: Reason | None = None
-        self._status = 0
-        self._error_code = ""
-        self._committed = False
-        self._streaming = False
-        self._complete = False
-        self._left: int | None = None
-        """Bytes of the body still to come, where its length was announced."""
-        self._late: int | None = None
+        self._answer.record.route = route_of(path)
         self._bytes_in = 0
-        self._bytes_out = 0
-        self._last_write = self._started
-        self._timer: asyncio.TimerHandle | None = None
-        self._beating: asyncio.Task[None] | None = None
+        self._ended = 0.0
 
     # --- the task ---------------------------------------------------------------------------------------------------
 
@@ -108,19 +107,19 @@ class Exchange:
         self._task = asyncio.current_task()
         self._connection.on_lost(self._lost)
         try:
-            await self._serve()
-        except asyncio.CancelledError:
-            if self._reason is None or self._task is None:
-                self._status, self._error_code = CLIENT_LEFT, "cancelled"
-                raise
-            self._task.uncancel()
-            await self._cancelled(self._reason)
+            try:
+                await self._serve()
+            except asyncio.CancelledError:
+                if self._reason is None or self._task is None:
+                    self._answer.status, self._answer.error_code = CLIENT_LEFT, "cancelled"
+                    raise
+                self._task.uncancel()
+                await self._cancelled(self._reason)
+            if self._answer.left_to_do:
+                await self._finish()
         finally:
             self._connection.off_lost(self._lost)
-            if self._timer is not None:
-                self._timer.cancel()
-            if self._beating is not None:
-                self._beating.cancel()
+            self._answer.close()
             self._emit()
 
     async def _serve(self) -> None:
@@ -130,30 +129,36 @@ class Exchange:
                     "The gateway has as many requests in flight as it may (listen.max_in_flight).",
                     headers=[(b"retry-after", b"1")],
                 )
-            call = await self._read()
-            await self._service.pipeline.handle(call, self)
-            await self._end()
+            await self._service.pipeline.handle(self._call(), self._read, self._answer)
+            await self._answer.end()
         except ProxyError as error:
-            await self._fail(error)
+            await self._answer.fail(error)
         except Exception as error:  # the boundary of our own faults: answered, logged whole, never the client's to see
-            self._service.bus.emit(
-                InternalFault(
-                    request_id=self._request_id,
-                    trace_id=self._traceparent[3:35],
-                    where="serving a request",
-                    exc=error,
-                )
-            )
-            await self._fail(InternalError())
+            self._report("serving a request", error)
+            await self._answer.fail(InternalError())
+
+    async def _finish(self) -> None:
+        self._ended = self._service.clock()  # what follows is nobody's waiting time
+        for job in self._answer.left_to_do:
+            try:
+                await job()
+            except asyncio.CancelledError:
+                return  # the process ends, and whoever counts has gone before
+            except Exception as error:  # the answer was given: what is wrong with the books is for the log
+                self._report("keeping the books of a request", error)
+
+    def _report(self, where: str, error: Exception) -> None:
+        trace_id = self._traceparent[3:35]
+        self._service.bus.emit(InternalFault(request_id=self._request_id, trace_id=trace_id, where=where, exc=error))
 
     def _lost(self, reason: LostReason) -> None:
         """The connection is gone, or the guard has refused the rest of the request."""
-        if not self._complete:
+        if not self._answer.complete:
             self.interrupt(reason)
 
     def interrupt(self, reason: Reason) -> None:
         """Cancels the task. Only the first reason counts, and only while there is something to cancel."""
-        if self._reason is None and self._task is not None and not self._complete:
+        if self._reason is None and self._task is not None and not self._answer.complete:
             self._reason = reason
             self._task.cancel()
 
@@ -165,20 +170,34 @@ class Exchange:
 
     async def _cancelled(self, reason: Reason) -> None:
         if reason == "gone":
-            self._status, self._error_code = CLIENT_LEFT, "client_disconnected"
+            self._answer.status, self._answer.error_code = CLIENT_LEFT, "client_disconnected"
         elif reason == "shutdown":
-            await self._fail(
+            await self._answer.fail(
                 StreamInterrupted("The gateway is shutting down.")
-                if self._committed
+                if self._answer.record.first_event
                 else Overloaded("The gateway is shutting down.", headers=[(b"retry-after", b"1")])
             )
         else:
-            self._status, self._error_code = _ANSWERED_BY_GUARD[reason]
+            self._answer.status, self._answer.error_code = _ANSWERED_BY_GUARD[reason]
 
-    async def _read(self) -> Call:
+    def _call(self) -> Call:
         scope = self._scope
+        return Call(
+            scope["method"],
+            self._path,
+            _with_prefix(scope["path"], scope["raw_path"]),
+            scope["query_string"],
+            scope["headers"],
+            b"",
+            self._request_id,
+            self._traceparent,
+            scope["client"][0] if scope["client"] else "",
+        )
+
+    async def _read(self) -> bytes:
+        """The whole body. Raises RequestTooLarge."""
         message = await self._receive()
-        body = message.get("body", b"")
+        body: bytes = message.get("body", b"")
         if message.get("more_body"):
             pieces = [body]
             while message.get("more_body"):
@@ -188,148 +207,16 @@ class Exchange:
         self._bytes_in = len(body)
         if len(body) > self._service.max_body_bytes:
             raise RequestTooLarge(f"The body is larger than {self._service.max_body_bytes} bytes.")
-        raw_path = scope["raw_path"]
-        return Call(
-            scope["method"],
-            self._path,
-            raw_path if raw_path.startswith(b"/v1") else b"/v1" + raw_path,
-            scope["query_string"],
-            scope["headers"],
-            body,
-            self._request_id,
-            self._traceparent,
-            scope["client"][0] if scope["client"] else "",
-        )
-
-    # --- Out --------------------------------------------------------------------------------------------------------
-
-    def expect_stream(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._service.silence, self._tick)
-
-    async def start(self, status: int, headers: Headers, *, stream: bool = False, length: int | None = None) -> None:
-        if self._beating is not None:
-            await self._beat_done(self._beating)
-        if self._committed:
-            if not stream:
-                self._late = status
-            return
-        if stream:
-            self._streaming = True
-            headers = _STREAM_HEADERS + [header for header in headers if header[0] != b"content-type"]
-        await self._commit(status, headers, length)
-
-    async def write(self, event: Event) -> None:
-        if self._beating is not None:
-            await self._beat_done(self._beating)
-        data = event.data
-        if self._late is not None:
-            data = self._as_error_event(data)
-        elif event.terminator and self._trailer:
-            data = data[: -event.terminator] + self._trailer_comment() + data[-event.terminator :]
-        if data:
-            await self._body(data)
-
-    def _as_error_event(self, data: bytes) -> bytes:
-        """A provider's refusal that came after 200 was committed with keep-alives: the same, as the last event."""
-        self._status, self._late = self._late or 0, None
-        try:
-            error = orjson.loads(data)["error"]
-            return b"data: " + orjson.dumps({"error": error}) + b"\n\n"
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            return sse_event(UpstreamUnavailable("The provider refused the request."))
-
-    def _trailer_comment(self) -> bytes:
-        record = self.record
-        facts: dict[str, Any] = {"request_id": self._request_id, "provider": record.provider}
-        facts["model"] = record.upstream_model
-        if record.usage is not None:
-            facts["usage_total"] = record.usage.total
-        return b": breakwater " + orjson.dumps(facts) + b"\n\n"
-
-    # --- bytes out --------------------------------------------------------------------------------------------------
-
-    async def _commit(self, status: int, headers: Headers, length: int | None = None) -> None:
-        self._committed = True
-        self._status = status
-        self._left = length
-        own: Headers = [(b"x-request-id", self._request_id.encode()), (b"traceparent", self._traceparent.encode())]
-        record = self.record
-        if record.provider:
-            own.append((b"x-breakwater-provider", record.provider.encode()))
-            if record.upstream_model:
-                own.append((b"x-breakwater-model", _header_text(record.upstream_model)))
-            own.append((b"x-breakwater-attempts", b"%d" % record.attempts))
-        if record.upstream_request_id:
-            own.append((b"x-breakwater-upstream-request-id", _header_text(record.upstream_request_id)))
-        if record.usage is not None and not self._streaming:
-            own.append((b"x-breakwater-usage-total", b"%d" % record.usage.total))
-        if record.warnings:
-            own.append((b"x-breakwater-warnings", _header_text("; ".join(record.warnings))))
-        if length is not None:
-            own.append((b"content-length", b"%d" % length))
-        await self._send({"type": "http.response.start", "status": status, "headers": own + headers})
-
-    async def _body(self, data: bytes) -> None:
-        self._bytes_out += len(data)
-        self._last_write = self._service.clock()
-        if self._left is not None:
-            self._left -= len(data)
-            self._complete = self._left == 0
-        await self._send({"type": "http.response.body", "body": data, "more_body": not self._complete})
-
-    async def _end(self) -> None:
-        if self._beating is not None:
-            await self._beat_done(self._beating)
-        if self._complete:
-            return
-        self._complete = True
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _fail(self, error: ProxyError) -> None:
-        if self._beating is not None:
-            await self._beat_done(self._beating)
-        self._error_code = error.code
-        if not self._committed:
-            body = envelope(error)
-            await self._commit(error.status, [_JSON, *error.headers], len(body))
-            await self._body(body)
-        elif self._streaming:
-            if not isinstance(error, StreamInterrupted):
-                self._status = error.status
-            await self._body(sse_event(error))
-            await self._end()
-        else:
-            self._complete = True
-            self._connection.abort()
-
-    # --- keep-alives ------------------------------------------------------------------------------------------------
-
-    def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
-        due = self._last_write + self._service.silence
-        if due <= loop.time() and self._beating is None and not self._complete:
-            self._beating = loop.create_task(self._beat())
-            due = loop.time() + self._service.silence
-        self._timer = loop.call_at(due, self._tick)
-
-    async def _beat(self) -> None:
-        """Commits 200 if nothing was sent yet, and sends a comment. The pipeline's next write waits for its end."""
-        if not self._committed:
-            self._streaming = True
-            await self._commit(200, _STREAM_HEADERS)
-        await self._body(_KEEP_ALIVE)
-
-    async def _beat_done(self, beating: asyncio.Task[None]) -> None:
-        await asyncio.wait([beating])
-        self._beating = None
+        return body
 
     # --- the one event ----------------------------------------------------------------------------------------------
 
     def _emit(self) -> None:
-        record = self.record
-        ended = self._service.clock()
+        answer = self._answer
+        record = answer.record
+        ended = self._ended or self._service.clock()
         trace_id = self._traceparent[3:35]
-        if record.attempts == 0 and self._status >= 400 and self._status != CLIENT_LEFT and self._error_code:
+        if record.attempts == 0 and answer.status >= 400 and answer.status != CLIENT_LEFT and answer.error_code:
             self._service.bus.emit(
                 RequestRefused(
                     request_id=self._request_id,
@@ -337,8 +224,8 @@ class Exchange:
                     route=record.route,
                     tenant=record.tenant,
                     model=record.model,
-                    status=self._status,
-                    code=self._error_code,
+                    status=answer.status,
+                    code=answer.error_code,
                     duration=ended - self._started,
                     bytes_in=self._bytes_in,
                     client=self._client(),
@@ -358,7 +245,7 @@ class Exchange:
                 provider=record.provider,
                 upstream_model=record.upstream_model,
                 upstream_request_id=record.upstream_request_id,
-                status=self._status,
+                status=answer.status,
                 stream=record.stream,
                 duration=duration,
                 overhead=max(duration - (upstream or 0.0), 0.0),
@@ -366,11 +253,11 @@ class Exchange:
                 time_to_first_token=record.first_event - self._started if streamed else None,
                 usage=record.usage,
                 bytes_in=self._bytes_in,
-                bytes_out=self._bytes_out,
+                bytes_out=answer.bytes_out,
                 attempts=record.attempts,
-                error_code=self._error_code,
+                error_code=answer.error_code or None,
                 disconnected=self._reason == "gone",
-                interrupted=self._error_code == "stream_interrupted",
+                interrupted=answer.error_code == "stream_interrupted",
                 client=self._client(),
                 warnings=tuple(record.warnings),
             )
@@ -381,8 +268,12 @@ class Exchange:
         return client[0] if client else ""
 
 
-def _header_text(text: str) -> bytes:
-    """Text of a provider or a client as a header value: one line of printable ASCII."""
-    if len(text) <= 256 and text.isascii() and text.isprintable():
-        return text.encode()
-    return "".join(c if " " <= c <= "~" else "?" for c in text[:256]).encode()
+def _with_prefix(path: str, raw: bytes) -> bytes:
+    """`raw` with the prefix as such: it may lack it, or hold it percent-encoded."""
+    if raw.startswith(b"/v1/"):
+        return raw
+    if not path.startswith("/v1/"):
+        return b"/v1" + raw
+    first, slash, rest = raw[1:].partition(b"/")
+    # With an escaped slash, the first segment is more than the prefix. Left as it is, no pass-through takes it.
+    return b"/v1/" + rest if slash and unquote_to_bytes(first) == b"v1" else raw

@@ -18,7 +18,10 @@ running one is told through its `Connection`.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
+from fcntl import ioctl
+from termios import TIOCOUTQ
 from typing import Any, Final, NoReturn
 
 from uvicorn.config import Config
@@ -27,6 +30,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from proxy.edge.connection import Connection, LostReason
+from proxy.edge.cycle import Cycle
 from proxy.edge.head import Limits, Target
 from proxy.edge.reader import BODY, HEAD, IDLE, Reader, Stop
 from proxy.edge.refusals import BODY_TIMEOUT, BODY_TOO_LARGE, CHUNK_FRAMING, HEAD_TIMEOUT, render
@@ -56,6 +60,8 @@ class GuardedProtocol(HttpToolsProtocol):
         "_reader",
         "_refused",
         "_running",
+        "_stall",
+        "_unsent",
         "_watch",
         "_wrapped",
     )
@@ -74,6 +80,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.parser = None  # type: ignore[assignment]  # the reader has one
         self._reader = Reader(self, limits)
         self._watch = Watch(self.loop, self._due)
+        self._stall: Watch | None = None
+        self._unsent = 0  # bytes of the answer that waited for the client when it was last looked at
         self._limits = limits
         self._refused = refused
         self._wrapped: Callable[[Any, Any, Any], Awaitable[None]] = self.app
@@ -94,10 +102,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._deaf = True
         self._watch.close()
+        if self._stall is not None:
+            self._stall.close()
         self._reader.close()
         self.pipeline.clear()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
+        # Both hold on to this object: nothing shall be left for the collector.
+        self.app = self._wrapped
+        self.cycle = None  # type: ignore[assignment]
         # uvicorn tells its latest cycle only; with pipelining the running one is another.
         running = self._running
         if running is not None and not running.response_complete:
@@ -133,6 +146,33 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self.transport.close()  # nothing was asked, nothing is answered
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unsent = self._waiting_bytes()
+        if self._stall is None:
+            self._stall = Watch(self.loop, self._stalled)
+        self._stall.within(self._limits.write_seconds)
+
+    def resume_writing(self) -> None:
+        if self._stall is not None:
+            self._stall.deadline = NEVER
+        super().resume_writing()
+
+    def _stalled(self) -> None:
+        """A client that takes its answer slowly is served; one that takes none of it holds a provider for nothing."""
+        assert self._stall is not None
+        unsent = self._waiting_bytes()
+        if unsent < self._unsent:
+            self._unsent = unsent
+            self._stall.within(self._limits.write_seconds)
+        else:
+            self.transport.abort()
+
+    def _waiting_bytes(self) -> int:
+        """What the client has not acknowledged: ours and the kernel's, which is megabytes and moves in large steps."""
+        queued = ioctl(self.transport.get_extra_info("socket").fileno(), TIOCOUTQ, b"\0\0\0\0")
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
     # --- the reader's side ------------------------------------------------------------------------------------------
 
     def begin(self, method: str, version: str, target: Target, keep_alive: bool) -> None:
@@ -157,7 +197,7 @@ class GuardedProtocol(HttpToolsProtocol):
             "server": self.server,
             "extensions": self._extensions,
         }
-        cycle = self.cycle = RequestResponseCycle(
+        cycle = self.cycle = Cycle(
             scope=self.scope,
             transport=self.transport,
             flow=self.flow,
@@ -202,16 +242,15 @@ class GuardedProtocol(HttpToolsProtocol):
         """Serves no request after `last`, whose answer closes the connection. Never harmful: clients ask again."""
         assert last is not None
         self._turn_deaf()
-        self.cycle = last
         last.keep_alive = False
         raise Stop
 
     # --- the application's side -------------------------------------------------------------------------------------
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
         self._entered = False
-        self._connection.next_request()
+        self._connection.next_request(cycle)
         super()._start_asgi_task(cycle, app)
 
     def _enter(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
@@ -260,7 +299,6 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         cycle.disconnected = True
         cycle.message_event.set()
-        self.flow.resume_writing()
         if self._entered:
             self._connection.lose(reason)
         else:

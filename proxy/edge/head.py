@@ -52,6 +52,8 @@ class Limits:
     body_bytes: int = 20_971_520
     body_seconds: float = 30.0
     """From the end of the head to the end of the body. Time in which we ourselves do not read does not count."""
+    write_seconds: float = 60.0
+    """In which a client must take something of an answer that waits for it."""
     keep_alive_seconds: float = 75.0
     """How long a connection may rest after an answer."""
 

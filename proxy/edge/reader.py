@@ -101,8 +101,6 @@ class Reader:
                 self._head_more += self._read
             if self._head_more > self._limits.head_bytes:
                 return HEAD_TOO_LARGE
-            if len(self.headers) > self._limits.header_count:
-                return TOO_MANY_HEADERS
         return None
 
     def _audit_exceeded(self, phase: int) -> bool:
@@ -115,8 +113,8 @@ class Reader:
         return not mixed and audit.exceeded(self._read, self.body_bytes)
 
     def close(self) -> None:
-        """Lets go of the parser, which holds on to this object."""
-        del self._parser
+        """Lets go of the parser and the sink, which hold on to this object: nothing is left for the collector."""
+        del self._parser, self._sink
 
     # --- the parser's callbacks -------------------------------------------------------------------------------------
 

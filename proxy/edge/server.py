@@ -116,6 +116,8 @@ class Server:
             self._set_date(loop)
             for listener in self._listeners:
                 self._servers.append(await self._listen(loop, listener))
+            if self._stopping.is_set():
+                return  # nobody has been told of us yet
             for listener, server in zip(self._listeners, self._servers, strict=True):
                 self._on_ready(listener.host, server.sockets[0].getsockname()[1])
             await self._stopping.wait()
@@ -187,15 +189,18 @@ class Server:
     async def _interrupt(self, loop: asyncio.AbstractEventLoop) -> None:
         deadline = loop.time() + INTERRUPT_SECONDS
         interrupting = loop.create_task(self._app.interrupt_all())
-        await asyncio.wait([interrupting], timeout=INTERRUPT_SECONDS)
-        if not interrupting.done():
-            interrupting.cancel()
-        await self._emptied(deadline - loop.time(), asyncio.Event())
+        try:
+            await asyncio.wait([interrupting], timeout=INTERRUPT_SECONDS)
+        finally:
+            interrupting.cancel()  # if it is not done
+        interrupted = interrupting.done() and not interrupting.cancelled()
+        if interrupted and interrupting.exception() is None:
+            await self._emptied(deadline - loop.time(), asyncio.Event())
         self._cut()
         if self._state.tasks:
             # They have been told that their client is gone: time to write that down.
             await asyncio.wait(list(self._state.tasks), timeout=_CUT_SECONDS)
-        if interrupting.done() and not interrupting.cancelled():
+        if interrupted:
             interrupting.result()
 
     def _cut(self) -> None:

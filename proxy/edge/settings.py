@@ -58,6 +58,8 @@ class ListenSettings(Section):
     """Milliseconds for a client to complete the head of its request."""
     body_timeout_ms: Milliseconds = 30_000
     """Milliseconds for a client to complete the body of its request."""
+    write_timeout_ms: Milliseconds = 60_000
+    """Milliseconds in which a client must take something of an answer that waits for it."""
     keep_alive_ms: Milliseconds = 75_000
     """Milliseconds an idle client connection stays open; keep it above the idle timeout of a load balancer in front."""
 

@@ -30,8 +30,9 @@ class Watch:
         self._arm()
 
     def close(self) -> None:
-        """No call comes after this."""
+        """No call comes after this. Lets go of `due`, whose object may hold this one."""
         self.deadline = NEVER
+        self._due = _nothing
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -53,3 +54,7 @@ class Watch:
         else:
             self.deadline = NEVER
             self._due()
+
+
+def _nothing() -> None:
+    pass

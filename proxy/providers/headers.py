@@ -10,10 +10,17 @@ from typing import Final
 
 from proxy.types import Headers
 
-_TO_PROVIDER: Final = frozenset({b"openai-beta", b"idempotency-key", b"x-client-request-id"})
-_TO_PROVIDER_PASSTHROUGH: Final = _TO_PROVIDER | {b"content-type", b"accept", b"range", b"if-none-match"}
-_TO_PROVIDER_OWN_KEY: Final = frozenset({b"openai-organization", b"openai-project"})
-"""They name an account: they travel only together with the caller's own key."""
+_TO_PROVIDER: Final = frozenset({b"openai-beta", b"x-client-request-id"})
+_TO_PROVIDER_PASSTHROUGH: Final = _TO_PROVIDER | {
+    b"content-type",
+    b"content-encoding",
+    b"accept",
+    b"range",
+    b"if-none-match",
+}
+_TO_PROVIDER_OWN_KEY: Final = frozenset({b"openai-organization", b"openai-project", b"idempotency-key"})
+"""They name something within an account, so they travel only with the caller's own key: in an account that many share,
+two tenants with one idempotency key would get each other's replies."""
 
 _TO_CLIENT: Final = frozenset(
     {
@@ -36,6 +43,8 @@ _TO_CLIENT_PASSTHROUGH: Final = _TO_CLIENT | {
 }
 _REQUEST_IDS: Final = (b"x-request-id", b"request-id", b"apim-request-id")
 _RATE_LIMIT: Final = b"x-ratelimit-"
+_UPSTREAM_RATE_LIMIT: Final = b"x-breakwater-upstream-ratelimit-"
+_WAIT: Final = (b"retry-after", b"retry-after-ms", b"x-should-retry")
 
 
 def to_provider(headers: Headers, *, passthrough: bool, own_key: bool) -> Headers:
@@ -54,8 +63,14 @@ def to_client(headers: Headers, *, passthrough: bool) -> Headers:
         if name in allowed:
             kept.append((name, value))
         elif name.startswith(_RATE_LIMIT):
-            kept.append((b"x-breakwater-upstream-ratelimit-" + name[len(_RATE_LIMIT) :], value))
+            kept.append((_UPSTREAM_RATE_LIMIT + name[len(_RATE_LIMIT) :], value))
     return kept
+
+
+def when_to_come_back(headers: Headers) -> Headers:
+    """What a provider's 429 says about its limits and about trying again, for the client."""
+    kept = to_client(headers, passthrough=False)
+    return [header for header in kept if header[0] in _WAIT or header[0].startswith(_UPSTREAM_RATE_LIMIT)]
 
 
 def request_id(headers: Headers) -> str:
@@ -70,5 +85,16 @@ def first(headers: Headers, wanted: bytes) -> bytes:
     """The first value of a header, or b""."""
     for name, value in headers:
         if name == wanted:
+            return value
+    return b""
+
+
+def caller_key(headers: Headers) -> bytes:
+    """The key that the caller presented, in whichever of the three headers; b"" when there is none."""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            return key if scheme.lower() == b"bearer" else b""
+        if name in (b"api-key", b"x-api-key"):
             return value
     return b""

@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -24,24 +24,31 @@ import orjson
 from proxy import __version__
 from proxy.errors import (
     StreamInterrupted,
-    UpstreamBroken,
     UpstreamError,
     UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from proxy.providers.headers import first, request_id, to_client, to_provider
-from proxy.providers.replies import PlainReply, RawReply, read_whole
-from proxy.providers.reshape import chat_to_stream, edited, floats_to_base64, response_to_stream
-from proxy.providers.streams import StreamReply, Verdict, judge_chunk, judge_response_event
-from proxy.tokens.usage import usage_of
+from proxy.providers.bodies import as_stream, error_object, usage_in
+from proxy.providers.headers import caller_key, first, request_id, to_client, to_provider, when_to_come_back
+from proxy.providers.replies import PlainReply, RawReply, content_coding, first_piece, read_whole
+from proxy.providers.reshape import edited, floats_to_base64
+from proxy.providers.streams import (
+    StreamReply,
+    Verdict,
+    judge_chunk,
+    judge_response_event,
+    pass_ordinary,
+)
 from proxy.transport.base import Origin, Request, Response, Transport
-from proxy.types import Ask, Headers, Reply, Usage
+from proxy.types import Ask, Headers, Reply
 
 _ABSENT: Final = msgspec.Raw(b"")
 _ERROR_BYTES: Final = 4 * 1024 * 1024
 _ERROR_SECONDS: Final = 1.0
 _REMEMBERED: Final = 1024
+_USAGE_OPTION: Final = ("chat", "completions")
+"""The dialects that know `stream_options.include_usage`."""
 _AGENT: Final = (b"user-agent", b"breakwater/" + __version__.encode())
 _IDENTITY: Final = (b"accept-encoding", b"identity")
 _JSON: Final = (b"content-type", b"application/json")
@@ -57,16 +64,6 @@ class Timeouts:
     first_event: float
     idle: float
     total: float
-
-
-class _Body(msgspec.Struct):
-    usage: msgspec.Raw = _ABSENT
-    error: msgspec.Raw = _ABSENT
-    choices: msgspec.Raw = _ABSENT
-    data: msgspec.Raw = _ABSENT
-
-
-_body = msgspec.json.Decoder(_Body).decode
 
 
 class OpenAIProvider:
@@ -99,20 +96,27 @@ class OpenAIProvider:
         self._scrub = scrub
         self._now = asyncio.get_running_loop().time
         self._refuses_usage: set[str] = set()
-        """Models whose server answered our own wish for usage with 400."""
+        """Models whose server refused a stream with our own wish for usage, and served it without."""
 
     async def aclose(self) -> None:
         await self._transport.aclose()
 
     async def open(self, ask: Ask, model: str) -> Reply:
         """See `Provider.open`."""
-        asked_usage = (
-            ask.stream
-            and ask.dialect in ("chat", "completions")
-            and not ask.wants_usage
-            and model not in self._refuses_usage
-        )
         deadline = self._now() + (self.timeouts.first_event if ask.stream else self.timeouts.total)
+        if not ask.stream or ask.wants_usage or ask.dialect not in _USAGE_OPTION or model in self._refuses_usage:
+            return await self._try(ask, model, deadline, asked_usage=False)
+        reply = await self._try(ask, model, deadline, asked_usage=True)
+        if not _names_usage_option(reply):
+            return reply
+        reply = await self._try(ask, model, deadline, asked_usage=False)
+        if reply.status < 400:  # else it was not our option: a client's own odd member can be named like it
+            if len(self._refuses_usage) >= _REMEMBERED:
+                self._refuses_usage.clear()
+            self._refuses_usage.add(model)
+        return reply
+
+    async def _try(self, ask: Ask, model: str, deadline: float, *, asked_usage: bool) -> Reply:
         response = await self._transport.send(self._request(ask, model, asked_usage), deadline)
         try:
             reply = await self._reply(ask, response, deadline, asked_usage)
@@ -121,11 +125,6 @@ class OpenAIProvider:
             raise
         if isinstance(reply, PlainReply):
             await response.aclose()
-        if asked_usage and reply.status == 400 and isinstance(reply, PlainReply) and _names_usage_option(reply):
-            if len(self._refuses_usage) >= _REMEMBERED:
-                self._refuses_usage.clear()
-            self._refuses_usage.add(model)
-            return await self.open(ask, model)
         return reply
 
     # --- up ---------------------------------------------------------------------------------------------------------
@@ -136,8 +135,8 @@ class OpenAIProvider:
         headers = to_provider(call.headers, passthrough=passthrough, own_key=self._callers_key)
         headers += self._fixed
         headers.append((b"traceparent", call.traceparent.encode()))
-        if self._callers_key:
-            headers.append((b"authorization", b"Bearer " + caller_key(call.headers)))
+        if self._callers_key and (key := caller_key(call.headers)):
+            headers.append((b"authorization", b"Bearer " + key))
         if passthrough:
             body, path, method = call.body, call.raw_path[3:], call.method.encode()
         elif ask.dialect == "models":
@@ -158,75 +157,98 @@ class OpenAIProvider:
 
     async def _reply(self, ask: Ask, response: Response, deadline: float, asked_usage: bool) -> Reply:
         status = response.status
-        if not 200 <= status < 300:
-            return await self._refusal(response, deadline)
         passthrough = ask.dialect == "passthrough"
+        if not 200 <= status < 300 and not (passthrough and status == 304):
+            return await self._refusal(response, deadline)
         headers = to_client(response.headers, passthrough=passthrough)
+        kind = first(response.headers, b"content-type").lower()
+        start = b""
+        if (ask.stream or passthrough) and not content_coding(response.headers):
+            if kind.startswith(b"text/event-stream"):
+                return await self._stream(ask, response, headers, deadline, asked_usage)
+            if not passthrough and b"json" not in kind:
+                # SDKs never look at the type of a stream, so servers get away with another one, or with none.
+                start = await first_piece(response, deadline)
+                if start.lstrip()[:1] not in (b"{", b"["):
+                    return await self._stream(ask, response, headers, deadline, asked_usage, start)
         upstream_id = request_id(response.headers)
-        if first(response.headers, b"content-type")[:17].lower() == b"text/event-stream" and (
-            ask.stream or passthrough
-        ):
-            return await self._stream(ask, response, headers, deadline, asked_usage)
         if passthrough:
             return RawReply(response, headers, idle=self.timeouts.idle, upstream_request_id=upstream_id)
-        body = await read_whole(response, deadline)
-        usage = _usage_in(body)
+        body = await read_whole(response, deadline, start=start)
+        usage = usage_in(body)
+        terminator = 0
         if ask.stream:
-            body, headers = _as_stream(ask, body), _typed(headers, b"text/event-stream; charset=utf-8")
+            body, headers = as_stream(ask, body), _typed(headers, b"text/event-stream; charset=utf-8")
+            terminator = len(body) - body.rindex(b"\n\n", 0, -2) - 2
         elif ask.wants_base64:
             body = floats_to_base64(body)
-        return PlainReply(status, headers, body, usage=usage, upstream_request_id=upstream_id, stream=ask.stream)
+        if not terminator and b"json" not in kind:
+            headers = _typed(headers, b"application/json")  # the official client reads anything else as a text
+        return PlainReply(status, headers, body, usage=usage, upstream_request_id=upstream_id, terminator=terminator)
 
     async def _stream(
-        self, ask: Ask, response: Response, headers: Headers, deadline: float, asked_usage: bool
+        self,
+        ask: Ask,
+        response: Response,
+        headers: Headers,
+        deadline: float,
+        asked_usage: bool,
+        start: bytes = b"",
     ) -> Reply:
         judge: Callable[[bytes, bytes], Verdict | None]
+        ordinary: Callable[[bytes], bytes | None] | None = None
         if ask.dialect == "responses":
             judge = judge_response_event
         elif ask.dialect == "passthrough":
             judge = _pass_any
         else:
-            judge = partial(judge_chunk, asked_usage=asked_usage)
+            judge = partial(judge_chunk, asked_usage)
+            ordinary = partial(pass_ordinary, asked_usage)
         reply = StreamReply(
             response,
             headers,
             judge=judge,
+            ordinary=ordinary,
             idle=self.timeouts.idle,
             terminated=ask.dialect != "passthrough",
             upstream_request_id=request_id(response.headers),
             scrub=self._scrub,
         )
         try:
-            await reply.first(deadline)
+            await reply.first(deadline, start)
         except StreamInterrupted as error:
             return self._error_first(error, headers)
         return reply
 
     def _error_first(self, error: StreamInterrupted, headers: Headers) -> Reply:
         """200 and then an error: nothing was forwarded yet, so it can still be the status answer that it should be."""
-        details = _error_object(error.event)
+        details = error_object(error.event)
         if details is not None and details.get("type") == "invalid_request_error":
             body = orjson.dumps({"error": details})
             return PlainReply(400, _typed(headers, b"application/json"), body)
+        if details is not None and "rate_limit" in f"{details.get('type')} {details.get('code')}":
+            raise UpstreamRateLimited("The provider's rate limit is reached.") from error
         raise UpstreamUnavailable("The provider answered with an error event.") from error
 
     async def _refusal(self, response: Response, deadline: float) -> Reply:
         status = response.status
+        upstream_id = request_id(response.headers)
         own_fault = status in (401, 402, 403) and not self._callers_key
-        if status == 429 or status >= 500 or status < 400 or own_fault:
-            await self._finish_error(response, deadline)
+        if not (own_fault or status == 429 or status >= 500 or status < 400):
+            body = self._scrub(await read_whole(response, deadline, _ERROR_BYTES))
+            return PlainReply(
+                status, to_client(response.headers, passthrough=False), body, upstream_request_id=upstream_id
+            )
+        await self._finish_error(response, deadline)
+        facts: dict[str, Any] = {"upstream_status": status, "upstream_request_id": upstream_id}
         if status == 429:
-            retry = [h for h in response.headers if h[0] in (b"retry-after", b"retry-after-ms")]
-            raise UpstreamRateLimited("The provider's rate limit is reached.", headers=retry, upstream_status=429)
+            wait = when_to_come_back(response.headers)
+            raise UpstreamRateLimited("The provider's rate limit is reached.", headers=wait, **facts)
         if own_fault:
-            raise UpstreamUnavailable("The provider did not accept this gateway's credential.", upstream_status=status)
+            raise UpstreamUnavailable("The provider did not accept this gateway's credential.", **facts)
         if status == 504:
-            raise UpstreamTimeout("The provider answered 504: it timed out itself.", upstream_status=status)
-        if status >= 500 or status < 400:
-            raise UpstreamUnavailable(f"The provider answered {status}.", upstream_status=status)
-        body = self._scrub(await read_whole(response, deadline, _ERROR_BYTES))
-        headers = to_client(response.headers, passthrough=False)
-        return PlainReply(status, headers, body, upstream_request_id=request_id(response.headers))
+            raise UpstreamTimeout("The provider answered 504: it timed out itself.", **facts)
+        raise UpstreamUnavailable(f"The provider answered {status}.", **facts)
 
     async def _finish_error(self, response: Response, deadline: float) -> None:
         """Reads what is left of an answer that we only report, so that its connection can serve again."""
@@ -234,45 +256,6 @@ class OpenAIProvider:
             await read_whole(response, min(deadline, self._now() + _ERROR_SECONDS), _ERROR_BYTES)
         except UpstreamError:
             pass
-
-
-def caller_key(headers: Headers) -> bytes:
-    """The key that the caller presented, in whichever of the three headers; b"" when there is none."""
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            return key if scheme.lower() == b"bearer" else b""
-        if name in (b"api-key", b"x-api-key"):
-            return value
-    return b""
-
-
-def _usage_in(body: bytes) -> Usage | None:
-    """The usage of a plain reply. Raises UpstreamBroken when it is no JSON object, UpstreamUnavailable when it is an
-    error in the clothes of a success (some routers answer 200 once the model has started)."""
-    try:
-        reply = _body(body)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise UpstreamBroken("The provider's reply is not a JSON object.", reason="protocol") from error
-    if reply.error is not _ABSENT and bytes(reply.error) != b"null" and _is_bare_error(body):
-        raise UpstreamUnavailable("The provider answered 200 with an error.")
-    return None if reply.usage is _ABSENT else usage_of(reply.usage)
-
-
-def _is_bare_error(body: bytes) -> bool:
-    reply = msgspec.json.decode(body)
-    return not any(reply.get(member) for member in ("choices", "data", "output", "object"))
-
-
-def _as_stream(ask: Ask, body: bytes) -> bytes:
-    try:
-        if ask.dialect == "responses":
-            return response_to_stream(body)
-        return chat_to_stream(body, with_usage=ask.wants_usage)
-    except ValueError as error:
-        raise UpstreamBroken(
-            "The provider answered a stream with a body of another kind.", reason="protocol"
-        ) from error
 
 
 def _pass_any(raw: bytes, data: bytes) -> Verdict | None:
@@ -284,16 +267,8 @@ def _typed(headers: Headers, content_type: bytes) -> Headers:
     return [header for header in headers if header[0] != b"content-type"] + [(b"content-type", content_type)]
 
 
-def _names_usage_option(reply: PlainReply) -> bool:
-    body = reply.body
-    return b"stream_options" in body or b"include_usage" in body
-
-
-def _error_object(event: bytes | None) -> dict[str, object] | None:
-    if event is None:
-        return None
-    try:
-        error = orjson.loads(event.partition(b"data:")[2])["error"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return None
-    return error if isinstance(error, dict) else None
+def _names_usage_option(reply: Reply) -> bool:
+    """A refusal that has to do with the option. Servers that check bodies against a schema say 422."""
+    if not isinstance(reply, PlainReply) or reply.status not in (400, 422):
+        return False
+    return b"stream_options" in reply.body or b"include_usage" in reply.body

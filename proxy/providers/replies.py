@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncIterator
+from typing import Final
 
 from proxy.errors import UpstreamBroken
 from proxy.providers.headers import first
@@ -15,9 +16,32 @@ MAX_BODY_BYTES = 128 * 1024 * 1024
 """Of one plain reply. The largest legitimate one known: 2,048 embeddings of 3,072 floats, 75 MiB as text."""
 
 
-async def read_whole(response: Response, deadline: float, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The whole body, decompressed. Raises UpstreamBroken (too_large, encoding, …) and UpstreamTimeout."""
-    piece = await response.read(deadline)
+_BLANKS: Final = 65_536
+
+
+def content_coding(headers: Headers) -> bytes:
+    """How the body is compressed; b"" when it is not."""
+    coding = first(headers, b"content-encoding").strip().lower()
+    return b"" if coding == b"identity" else coding
+
+
+async def first_piece(response: Response, deadline: float) -> bytes:
+    """The body up to where it shows what it is: some servers send blanks first. b"" when there is none."""
+    start = b""
+    while not start.strip() and len(start) < _BLANKS:
+        piece = await response.read(deadline)
+        if not piece:
+            break
+        start += piece
+    return start
+
+
+async def read_whole(response: Response, deadline: float, limit: int = MAX_BODY_BYTES, *, start: bytes = b"") -> bytes:
+    """The whole body, decompressed. `start` of it was read before.
+
+    Raises UpstreamBroken (too_large, encoding, …) and UpstreamTimeout.
+    """
+    piece = start or await response.read(deadline)
     pieces = []
     size = 0
     while piece:
@@ -27,13 +51,13 @@ async def read_whole(response: Response, deadline: float, limit: int = MAX_BODY_
             raise UpstreamBroken("The provider's reply is too large.", reason="too_large")
         piece = await response.read(deadline)
     body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    encoding = first(response.headers, b"content-encoding").strip().lower()
-    return body if encoding in (b"", b"identity") else _inflate(body, encoding, limit)
+    coding = content_coding(response.headers)
+    return _inflate(body, coding, limit) if coding else body
 
 
-def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
+def _inflate(body: bytes, coding: bytes, limit: int) -> bytes:
     """We ask for `identity`; a server that compresses all the same mostly uses gzip."""
-    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
+    if coding not in (b"gzip", b"x-gzip", b"deflate"):
         raise UpstreamBroken("The provider used a content encoding that was not asked for.", reason="encoding")
     inflater = zlib.decompressobj(wbits=47)
     try:
@@ -50,6 +74,16 @@ def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
 class PlainReply:
     """One whole body: exactly one event. The connection is free already."""
 
+    __slots__ = (
+        "_event",
+        "body",
+        "headers",
+        "length",
+        "status",
+        "stream",
+        "upstream_request_id",
+    )
+
     def __init__(
         self,
         status: int,
@@ -58,16 +92,17 @@ class PlainReply:
         *,
         usage: Usage | None = None,
         upstream_request_id: str = "",
-        stream: bool = False,
+        terminator: int = 0,
     ) -> None:
-        """`stream`: the body is a finished event stream (a plain answer to a wish for one)."""
+        """`terminator`: the body is a finished event stream (a plain answer to a wish for one) that ends in a
+        terminator of so many bytes."""
         self.status = status
         self.headers = headers
-        self.stream = stream
-        self.length = None if stream else len(body)
+        self.stream = terminator > 0
+        self.length = None if terminator else len(body)
         self.upstream_request_id = upstream_request_id
         self.body = body
-        self._event: Event | None = Event(body, usage)
+        self._event: Event | None = Event(body, usage, terminator)
 
     @property
     def events(self) -> PlainReply:
@@ -96,7 +131,8 @@ class RawReply:
         self.headers = headers
         self.upstream_request_id = upstream_request_id
         length = first(response.headers, b"content-length")
-        self.length = int(length) if length.isdigit() else None
+        # Without a body, a length tells of another answer (304) or must not be there (204).
+        self.length = int(length) if length.isdigit() and self.status not in (204, 304) else None
         self._response = response
         self._idle = idle
         self._now = asyncio.get_running_loop().time

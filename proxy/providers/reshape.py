@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
-from struct import pack
-from typing import Any
+import struct
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any, TypeVar
 
 import msgspec
 import orjson
 
 _encode = msgspec.json.Encoder().encode
 _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
+_CANDIDATES = 16
+"""Each costs a copy of the event, so a hostile one must not hold any number of them."""
+_FLOATS = re.compile(rb'"embedding"\s*:\s*\[')
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|"usage"\s*:\s*null\s*,\s*')
 
 
@@ -26,6 +30,22 @@ class _Usage(msgspec.Struct):
 
 
 _usage = msgspec.json.Decoder(_Usage).decode
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_T = TypeVar("_T")
+
+
+def lenient(decode: Callable[[bytes], _T], data: bytes) -> _T:
+    """`decode(data)`, for a provider's JSON. Raises msgspec.DecodeError.
+
+    Half a surrogate pair, escaped, is within JSON's grammar, and servers that cut a text in the middle of an emoji send
+    it; clients read it, msgspec does not. For our own reading a replacement character does as well.
+    """
+    try:
+        return decode(data)
+    except msgspec.DecodeError:
+        if not _SURROGATE.search(data):
+            raise
+        return decode(_SURROGATE.sub(rb"\\ufffd", data))
 
 
 def edited(fields: Mapping[str, msgspec.Raw], *, model: str, with_usage: bool) -> bytes:
@@ -48,9 +68,9 @@ def without_null_usage(payload: bytes) -> bytes:
     """A chunk's JSON without its top-level `"usage":null`, otherwise untouched. It must have one."""
     if payload.endswith(b',"usage":null}'):
         return payload[:-14] + b"}"
-    for match in _NULL_USAGE.finditer(payload):
+    for match in islice(_NULL_USAGE.finditer(payload), _CANDIDATES):
         candidate = payload[: match.start()] + payload[match.end() :]
-        if _usage(candidate).usage is msgspec.UNSET:
+        if lenient(_usage, candidate).usage is msgspec.UNSET:
             return candidate
     return payload
 
@@ -58,19 +78,22 @@ def without_null_usage(payload: bytes) -> bytes:
 def floats_to_base64(body: bytes) -> bytes:
     """An embeddings reply with its float lists packed as little-endian float32 in base64, as the client asked.
 
-    Vectors that are no lists of numbers, or hold one beyond float32, stay. Raises orjson.JSONDecodeError.
+    Vectors that are no lists of numbers, or hold one beyond float32, stay; so does a body that cannot be read.
     """
-    if b'"embedding"' not in body:
+    if not _FLOATS.search(body):
         return body
-    reply = orjson.loads(body)
+    try:
+        reply = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body
     data = reply.get("data") if isinstance(reply, dict) else None
     changed = False
     for entry in data if isinstance(data, list) else ():
         vector = entry.get("embedding") if isinstance(entry, dict) else None
-        if isinstance(vector, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in vector):
+        if isinstance(vector, list):
             try:
-                packed = pack(f"<{len(vector)}f", *vector)
-            except OverflowError:
+                packed = struct.pack(f"<{len(vector)}f", *vector)
+            except (struct.error, OverflowError):
                 continue
             entry["embedding"] = base64.b64encode(packed).decode()
             changed = True
@@ -111,10 +134,9 @@ def response_to_stream(body: bytes) -> bytes:
     """A whole response as an event stream of its first and its last event. Raises ValueError when it is none."""
     reply = orjson.loads(body)
     status = reply.get("status") if isinstance(reply, dict) else None
-    if not isinstance(status, str):
-        raise ValueError("no response")
-    last = status if status in ("incomplete", "failed") else "completed"
-    events = (("response.created", {**reply, "status": "in_progress"}), (f"response.{last}", reply))
+    if status not in ("completed", "incomplete", "failed"):
+        raise ValueError("no response that is over")
+    events = (("response.created", {**reply, "status": "in_progress"}), (f"response.{status}", reply))
     return b"".join(
         b"event: %s\ndata: %s\n\n"
         % (name.encode(), orjson.dumps({"type": name, "sequence_number": number, "response": response}))

@@ -41,7 +41,7 @@ async def open_connection(
         async with asyncio.timeout_at(deadline):
             addresses = await loop.getaddrinfo(_ascii(origin.host), origin.port, type=socket.SOCK_STREAM)
             stage = "network"
-            sock = await _first_to_answer(loop, addresses, deadline)
+            sock = await first_to_answer(loop, addresses, deadline)
             stage = "tls" if tls is not None else "network"
             return await _start(loop, lambda: protocol, sock, tls, _ascii(origin.host))
     except TimeoutError as error:
@@ -57,9 +57,7 @@ def trusting_the_system() -> ssl.SSLContext:
     return context
 
 
-async def _first_to_answer(
-    loop: asyncio.AbstractEventLoop, addresses: list[_Address], deadline: float
-) -> socket.socket:
+async def first_to_answer(loop: asyncio.AbstractEventLoop, addresses: list[_Address], deadline: float) -> socket.socket:
     """A connected socket of the first address that accepts. Raises the last address's OSError when none does."""
     failure: OSError = OSError()
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):

@@ -62,6 +62,11 @@ def framing(status: int, headers: Headers, *, head_only: bool) -> Framing | None
     return "empty" if head_only or status == 204 or status == 304 else kind
 
 
+def header_bytes(headers: Headers) -> int:
+    """The least that these headers took on the wire."""
+    return sum(len(name) + len(value) + 3 for name, value in headers)
+
+
 def ends_exactly(data: bytes, body: bytes | None) -> bool:
     """Whether a read that completed a message ended with it, given that the parser saw nothing after it.
 

@@ -15,12 +15,8 @@ from proxy.transport.base import Origin, Request
 from proxy.transport.connect import open_connection, trusting_the_system
 from proxy.transport.connection import Connection
 from proxy.transport.framing import request_head
-from proxy.transport.pool import Pool, PoolStats
+from proxy.transport.pool import KEEPALIVE, Pool, PoolStats
 from proxy.transport.response import Http1Response
-
-KEEPALIVE = 4.0
-"""Seconds idle before we close. Below the 5 s of uvicorn and Node, which most self-hosted model servers run on: the
-side that closes first meets no race. The public providers keep connections for a minute and more."""
 
 
 class _Site:
@@ -65,16 +61,16 @@ class Http1Transport:
         origin = request.origin
         site = self._sites.get((origin.scheme, origin.host, origin.port)) or self._open_site(origin)
         head = request_head(request, site.authority)
-        connection = site.pool.reuse()
+        connection = site.pool.reuse() if request.replayable else _reuse_silent(site.pool)
         if connection is None:
-            connection = await self._acquire(site, deadline)
+            connection = await self._acquire(site, deadline, replayable=request.replayable)
         head_only = request.method == b"HEAD"
         response = Http1Response(connection, head_only=head_only)
         connection.start(response, head, request.body)
         try:
             await response.head(deadline)
         except UpstreamBroken:
-            if not (response.unsent or (response.stale and request.replayable)):
+            if not (response.stale and request.replayable):
                 raise
             connection = await self._replace(site, deadline)
             response = Http1Response(connection, head_only=head_only)
@@ -102,11 +98,11 @@ class Http1Transport:
         site = self._sites[origin.scheme, origin.host, origin.port] = _Site(origin, pool, tls)
         return site
 
-    async def _acquire(self, site: _Site, deadline: float) -> Connection:
+    async def _acquire(self, site: _Site, deadline: float, *, replayable: bool) -> Connection:
         """A connection with its slot: one that is given back meanwhile, or a new one."""
         connection = await site.pool.acquire(deadline)
         if connection is not None:
-            if connection.usable():
+            if connection.usable() and (replayable or connection.silent()):
                 return connection
             connection.abort()
         return await self._connect(site, deadline)
@@ -131,6 +127,16 @@ class Http1Transport:
             site.pool.free()
             raise
         return connection
+
+
+def _reuse_silent(pool: Pool[Connection]) -> Connection | None:
+    """For a request that must not be sent twice: an idle connection that not even the kernel knows to be dead."""
+    while (connection := pool.reuse()) is not None:
+        if connection.silent():
+            return connection
+        connection.abort()
+        pool.free()
+    return None
 
 
 def _check(transport: asyncio.Transport, tls: bool) -> None:

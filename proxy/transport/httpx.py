@@ -15,6 +15,7 @@ for the next response on the same connection; both are looked after here.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Coroutine
@@ -26,11 +27,10 @@ from proxy.errors import ConnectFailed, ProxyError, UpstreamBroken, UpstreamTime
 from proxy.transport.base import Origin, Request
 from proxy.transport.connect import trusting_the_system
 from proxy.transport.framing import framing, request_head
-from proxy.transport.pool import PoolStats
+from proxy.transport.pool import KEEPALIVE, PoolStats
 from proxy.types import Headers
 
-KEEPALIVE = 4.0
-"""Seconds idle before a connection is closed; see `http1.KEEPALIVE`."""
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class _Exchange:
@@ -237,6 +237,8 @@ class HttpxTransport:
 def _acceptable(response: HttpxResponse, version: str, method: bytes) -> bool:
     if response.status < 200:
         return False  # 101: the library hands out the bare connection
+    if any(_CONTROL.search(value) for _, value in response.headers):
+        return False  # the library lets them by, and a strict client would choke on our answer
     kind = framing(response.status, response.headers, head_only=method == b"HEAD")
     return kind is not None and not (kind == "chunked" and version != "HTTP/1.1")
 

@@ -24,6 +24,10 @@ from typing import Generic, Protocol, TypeVar
 
 from proxy.errors import ConnectFailed
 
+KEEPALIVE = 4.0
+"""Seconds idle before we close. Below the 5 s of uvicorn and Node, which most self-hosted model servers run on: the
+side that closes first meets no race. The public providers keep connections for a minute and more."""
+
 
 class Poolable(Protocol):
     """What a pool needs to know of a connection."""
@@ -71,12 +75,14 @@ class Pool(Generic[C]):
         self.in_use = 0
 
     def reuse(self) -> C | None:
-        """The warmest idle connection together with a slot, without waiting; None if there is none fit for use."""
+        """The warmest idle connection together with a slot, without waiting; None if there is none fit for use.
+
+        Age is not looked at: a loop that was held up runs its timers, and with them `_sweep`, before its tasks.
+        """
         idle = self._idle
-        oldest = self._loop.time() - self._keepalive
         while idle:
             connection = idle.pop()
-            if connection.usable() and connection.idle_since > oldest:
+            if connection.usable():
                 self.in_use += 1
                 return connection
             connection.abort()

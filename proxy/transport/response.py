@@ -39,7 +39,6 @@ class Http1Response:
         "pieces",
         "stale",
         "status",
-        "unsent",
     )
 
     def __init__(self, exchange: Exchange, *, head_only: bool) -> None:
@@ -50,8 +49,6 @@ class Http1Response:
         """Of the body: arrived, and not read yet."""
         self.stale = False
         """A re-used connection turned out to be dead, soon after sending and before any byte came back."""
-        self.unsent = False
-        """A re-used connection turned out to be dead before any byte of the request was written."""
         self._exchange: Exchange | None = exchange
         self._complete = False
         self._error: ProxyError | None = None

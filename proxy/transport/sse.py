@@ -34,11 +34,13 @@ class EventTooLarge(Exception):
 class Splitter:
     """Cuts a byte stream behind its last complete event. `feed` is linear in the bytes fed, whatever their pieces."""
 
-    __slots__ = ("_held", "_started")
+    __slots__ = ("_held", "_started", "idle")
 
     def __init__(self) -> None:
         self._held = bytearray()
         self._started = False
+        self.idle = False
+        """The last read ended where an event ended: a read that is whole events needs no `feed`."""
 
     def feed(self, piece: bytes) -> bytes:
         """All events completed by `piece`, as one block of bytes; b"" when none is. Raises EventTooLarge."""
@@ -53,8 +55,11 @@ class Splitter:
                 del self._held[:3]
             piece, self._held = bytes(self._held), bytearray()
         if not self._held and piece.endswith(b"\n\n"):
+            self.idle = True
             return piece
-        return self._cut(piece)
+        block = self._cut(piece)
+        self.idle = not self._held
+        return block
 
     def _cut(self, piece: bytes) -> bytes:
         held = self._held
@@ -70,9 +75,14 @@ class Splitter:
         return block
 
     @property
+    def rest(self) -> bytes:
+        """The bytes behind the last complete event."""
+        return bytes(self._held)
+
+    @property
     def held(self) -> bytes:
         """The incomplete event at the end, if any. Line ends alone are none."""
-        return bytes(self._held).strip(b"\r\n")
+        return self.rest.strip(b"\r\n")
 
 
 def _last_boundary(data: bytearray, start: int) -> int:

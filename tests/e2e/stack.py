@@ -38,8 +38,14 @@ class ServeProcess:
     """`breakwater serve` on a free port. Its log is collected whole."""
 
     def __init__(
-        self, config: Config | Path, *, env: Mapping[str, str] | None = None, arguments: tuple[str, ...] = ()
+        self,
+        config: Config | Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        arguments: tuple[str, ...] = (),
+        program: tuple[str | Path, ...] = (BREAKWATER,),
     ) -> None:
+        """`program` may stand in for the command: one with a fault planted in it."""
         self._folder = tempfile.TemporaryDirectory()
         self._log = Path(self._folder.name) / "log"
         if isinstance(config, Path):
@@ -49,7 +55,7 @@ class ServeProcess:
             file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [BREAKWATER, "serve", "-c", file, "--port", "0", *arguments],
+                [*program, "serve", "-c", file, "--port", "0", *arguments],
                 env={**os.environ, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -60,12 +66,12 @@ class ServeProcess:
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not self.port:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"serve did not start:\n{self.text()}")
             started = [line for line in self.lines() if line.get("event") == "server.started"]
             if started:
                 self.port = int(started[0]["listen"].rpartition(":")[2])
                 return
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"serve did not start:\n{self.text()}")
             time.sleep(0.02)
 
     @property
@@ -78,7 +84,11 @@ class ServeProcess:
 
     def lines(self) -> list[dict[str, Any]]:
         """The JSON lines logged so far; a line that is none is an error of the program."""
-        return [json.loads(line) for line in self.text().splitlines(keepends=True) if line.endswith("\n")]
+        text = self.text()
+        try:
+            return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        except ValueError:
+            raise AssertionError(f"a line of the log is not JSON:\n{text}") from None
 
     def wait_for(self, event: str, count: int = 1, seconds: float = 10.0) -> list[dict[str, Any]]:
         """The lines of an event, once there are `count` of them. The log is written up to 50 ms late."""
@@ -103,10 +113,14 @@ class ServeProcess:
 
 @contextlib.contextmanager
 def serving(
-    config: Config | Path, *, env: Mapping[str, str] | None = None, arguments: tuple[str, ...] = ()
+    config: Config | Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    arguments: tuple[str, ...] = (),
+    program: tuple[str | Path, ...] = (BREAKWATER,),
 ) -> Iterator[ServeProcess]:
     """A ready `breakwater serve`, killed at the end if it still runs."""
-    process = ServeProcess(config, env=env, arguments=arguments)
+    process = ServeProcess(config, env=env, arguments=arguments, program=program)
     try:
         process.wait_until_ready()
         yield process

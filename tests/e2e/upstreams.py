@@ -20,6 +20,10 @@ from tests.transport.servers import Peer, Received, Script, Server, serve
 PATIENCE = 30.0
 
 
+class PortTaken(Exception):
+    """Somebody else listens there."""
+
+
 @dataclass(frozen=True)
 class MockProcess:
     """`breakwater mock` that listens on `port`."""
@@ -47,7 +51,7 @@ class MockProcess:
 
 @contextlib.contextmanager
 def mock_process(port: int = 0, script: Path | None = None) -> Iterator[MockProcess]:
-    """Ready, and ended at the end."""
+    """Ready, and ended at the end. Raises PortTaken."""
     arguments = ["--script", str(script)] if script is not None else []
     process = subprocess.Popen(
         [BREAKWATER, "mock", "--port", str(port), *arguments], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
@@ -56,6 +60,8 @@ def mock_process(port: int = 0, script: Path | None = None) -> Iterator[MockProc
     try:
         line = process.stderr.readline().decode()
         found = re.search(r":(\d+)/v1", line)
+        if "cannot listen" in line:
+            raise PortTaken
         assert found is not None, line + process.stderr.read().decode()
         yield MockProcess(int(found[1]))
     finally:

@@ -39,7 +39,7 @@ class Wire:
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._unread = b""
+        self._unread = bytearray()
 
     def __enter__(self) -> Wire:
         return self
@@ -64,22 +64,22 @@ class Wire:
         self.socket.close()
 
     def _more(self) -> None:
-        piece = self.socket.recv(65536)
+        piece = self.socket.recv(1 << 20)
         if not piece:
-            raise EOFError(self._unread)
+            raise EOFError
         self._unread += piece
 
     def until(self, mark: bytes) -> bytes:
         while mark not in self._unread:
             self._more()
         found, _, self._unread = self._unread.partition(mark)
-        return found + mark
+        return bytes(found) + mark
 
     def exactly(self, count: int) -> bytes:
         while len(self._unread) < count:
             self._more()
         found, self._unread = self._unread[:count], self._unread[count:]
-        return found
+        return bytes(found)
 
     def head(self) -> tuple[int, dict[str, str]]:
         first, *lines = self.until(b"\r\n\r\n")[:-4].decode("latin-1").split("\r\n")
@@ -105,8 +105,8 @@ class Wire:
         with contextlib.suppress(ConnectionResetError, EOFError):
             while True:
                 self._more()
-        found, self._unread = self._unread, b""
-        return found
+        found, self._unread = self._unread, bytearray()
+        return bytes(found)
 
 
 def eventually(true: Callable[[], Any]) -> None:

@@ -2,7 +2,7 @@
 
 Prints `ready PORT` for each of its two listeners, then a line for whatever happens to it. Its application streams:
 `/ticks` until it has ticked a while after the drain began, `/endless` until it is interrupted, `/flood` faster than
-anyone reads.
+anyone reads, `/burst` with 24 MB as its last event.
 """
 
 from __future__ import annotations
@@ -48,14 +48,19 @@ class App:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        tick = TICK * (10_000 if path == "/flood" else 1)
         ticks = 0
         while not self._interrupted.is_set() and ticks < 30:
-            await event(TICK * (10_000 if path == "/flood" else 1))
+            await event(tick)
             if path != "/flood":
                 await asyncio.sleep(0.05)
             if path == "/ticks" and self._draining.is_set():
                 ticks += 1
-        await event(b"data: error\n\n" if self._interrupted.is_set() else b"data: [DONE]\n\n", more=False)
+        if self._interrupted.is_set():
+            last = TICK * 2_000_000 if path == "/burst" else b""
+            await event(last + b"data: error\n\n", more=False)
+        else:
+            await event(b"data: [DONE]\n\n", more=False)
 
     def begin_drain(self) -> None:
         print("draining", flush=True)
@@ -64,7 +69,10 @@ class App:
     async def interrupt_all(self) -> None:
         print("interrupting", len(self._streams), flush=True)
         if self._stuck:
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                print("let go", flush=True)
         self._interrupted.set()
         if self._streams:
             await asyncio.wait(self._streams)

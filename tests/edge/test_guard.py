@@ -4,6 +4,7 @@ hears when its client is lost."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import resource
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from proxy.edge.connection import Connection
+from proxy.edge.guard import GuardedProtocol
 from proxy.edge.head import Limits
 
 from .raw import PATIENCE, Answer, Site, Wire, eventually, serving
@@ -164,6 +166,7 @@ FRAMING = {
     "31a upgrade to websocket": get(b"/x", b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"),
     "31b upgrade, unannounced": get(b"/x", b"Upgrade: h2c"),
     "31c tunnel": b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n",
+    "31d tunnel to a path": b"CONNECT /x HTTP/1.1\r\n" + HOST + b"\r\n",
     "no version": b"GET /x\r\n\r\n",
     "HTTP/0.9": b"GET /x HTTP/0.9\r\n" + HOST + b"\r\n",
     "HTTP/2.0 in words": b"GET /x HTTP/2.0\r\n" + HOST + b"\r\n",
@@ -267,6 +270,7 @@ GOOD_ONES = {
     "dots that are no segment": (get(b"/v1/models/gpt-4.1..x"), {"path": "/v1/models/gpt-4.1..x"}),
     "dots in the query": (get(b"/x?a=/../%2e%00"), {"path": "/x"}),
     "Host of an IPv6 address": (b"GET /x HTTP/1.1\r\nHost: [::1]:8080\r\n\r\n", {"path": "/x"}),
+    "Host with blanks after it": (b"GET /x HTTP/1.1\r\nHost: a:80 \t\r\n\r\n", {"path": "/x"}),
     "HTTP/1.0 without Host": (b"GET /x HTTP/1.0\r\n\r\n", {"path": "/x"}),
     "line ends before the request": (b"\r\n\r\n" + GOOD, {"path": "/control"}),
     "100 headers": (get(b"/x", *[b"a: b"] * 99), {"path": "/x"}),
@@ -400,6 +404,18 @@ def test_framing_that_never_ends_is_cut(roomy: Site, start: bytes) -> None:
     assert_works(roomy)
 
 
+def test_a_refusal_reads_on_although_the_body_had_paused_it(roomy: Site) -> None:
+    """The loop is held up while the client sends, so that one read brings both the large body and its fault."""
+    roomy.clear()
+    assert roomy.loop is not None
+    with roomy.wire() as wire:
+        roomy.loop.call_soon_threadsafe(time.sleep, 0.3)
+        wire.send(post(CHUNKED, target=b"/gate", body=b"186a0\r\n" + b"b" * 100_000 + b"\r\nno size\r\n"))
+        assert all(wire.offer(b"b" * 250_000) for _ in range(80))
+        roomy.gate.set()
+        assert_refusal(wire.answer(), 400, "invalid_request")
+
+
 def test_malformed_chunks_after_the_application_heard(roomy: Site) -> None:
     roomy.clear()
     with roomy.wire() as wire:
@@ -432,9 +448,11 @@ def test_a_slow_head_is_refused_at_its_deadline(hasty: Site) -> None:
 def test_a_slow_second_head_has_the_same_deadline(hasty: Site) -> None:
     hasty.clear()
     with hasty.wire() as wire:
-        wire.send(GOOD)
+        wire.send(post(b"Content-Length: 3", body=b"a"))
+        eventually(lambda: hasty.heard)
+        wire.send(b"bc")
         assert wire.answer().status == 200
-        time.sleep(HASTY.head_seconds * 1.5)  # rest is not part of a head
+        time.sleep(HASTY.head_seconds * 1.5)  # rest is part of neither body nor head
         wire.send(GOOD[:20])
         assert_refusal(wire.answer(), 408, "request_timeout")
     assert len(hasty.heard) == 1
@@ -476,6 +494,15 @@ def test_a_short_deadline_overtakes_a_long_one() -> None:
         assert_refusal(wire.answer(), 408, "request_timeout")
 
 
+def test_a_long_deadline_replaces_a_short_one() -> None:
+    with serving(app, Limits(head_seconds=1.5)) as site, site.wire() as wire:
+        time.sleep(0.4)
+        wire.send(post(b"Content-Length: 2", body=b"b"))
+        time.sleep(1.4)
+        wire.send(b"b")
+        assert wire.answer().status == 200
+
+
 def test_a_client_that_never_closes_is_cut_after_its_refusal() -> None:
     with serving(app, Limits()) as site, site.wire() as wire:
         wire.send(get(b"//x"))
@@ -483,6 +510,27 @@ def test_a_client_that_never_closes_is_cut_after_its_refusal() -> None:
         assert wire.rest() == b""
         assert connected(site)
         eventually(lambda: not connected(site))
+
+
+def test_keep_alive_does_not_end_a_head_in_progress() -> None:
+    with serving(app, Limits(keep_alive_seconds=0.8)) as site, site.wire() as wire:
+        wire.send(GOOD)
+        assert wire.answer().status == 200
+        wire.send(GOOD[:10])
+        time.sleep(1.2)
+        wire.send(GOOD[10:])
+        assert wire.answer().status == 200
+
+
+def test_time_in_which_the_application_does_not_read_is_not_the_clients(hasty: Site) -> None:
+    hasty.clear()
+    hasty.gate.clear()
+    with hasty.wire() as wire:
+        wire.send(post(b"Content-Length: 300000", target=b"/gate", body=b"b" * 300_000))
+        time.sleep(HASTY.body_seconds * 1.5)
+        hasty.gate.set()
+        assert wire.answer().status == 200
+    assert hasty.refused == []
 
 
 @pytest.mark.parametrize("field", [b"Content-Length: 10", b"Transfer-Encoding: chunked"])
@@ -660,20 +708,62 @@ def test_the_running_request_hears_that_its_client_left(roomy: Site, data: bytes
     assert_works(roomy)
 
 
-def test_a_client_that_leaves_after_the_answer_is_not_news() -> None:
-    async def forgetful(site: Site, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        scope["extensions"]["breakwater"].on_lost(site.lost.append)
+async def forgetful(site: Site, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """Never takes its callback back."""
+    path = scope["path"]
+    lost = asyncio.Event()
+    scope["extensions"]["breakwater"].on_lost(lambda reason: (site.lost.append(path + " " + reason), lost.set()))
+    if path == "/hold":
+        await lost.wait()
+    else:
         await reply(send, b"ok")
 
+
+def test_a_client_that_leaves_after_the_answer_is_not_news() -> None:
     with serving(forgetful, Limits()) as site:
-        for _ in range(3):
-            with site.wire() as wire:
-                wire.send(GOOD)
-                assert wire.answer().status == 200
+        with site.wire() as wire:
+            for _ in range(2):
                 wire.send(GOOD)
                 assert wire.answer().status == 200
         eventually(lambda: not connected(site))
         assert site.lost == []
+
+
+def test_a_request_hears_nothing_of_the_next_ones_client() -> None:
+    with serving(forgetful, Limits()) as site:
+        with site.wire() as wire:
+            wire.send(GOOD)
+            assert wire.answer().status == 200
+            wire.send(get(b"/hold"))
+            eventually(lambda: len(site.heard) == 2)
+        eventually(lambda: not connected(site))
+        assert site.lost == ["/hold gone"]
+
+
+def test_only_the_first_reason_is_told() -> None:
+    with serving(forgetful, Limits(body_seconds=0.3)) as site:
+        with site.wire() as wire:
+            wire.send(post(b"Content-Length: 3", target=b"/hold"))
+            assert_refusal(wire.answer(), 408, "request_timeout")
+        eventually(lambda: not connected(site))
+        assert site.lost == ["/hold body_timeout"]
+
+
+def test_a_lost_connection_leaves_nothing_for_the_collector(roomy: Site) -> None:
+    def alive() -> int:
+        return sum(isinstance(thing, GuardedProtocol) for thing in gc.get_objects())
+
+    eventually(lambda: gc.collect() >= 0 and alive() == 0)
+    gc.disable()
+    try:
+        for data in (GOOD, get(b"//x"), get(b"/hold"), get(b"/hold") + GOOD * 3, b""):
+            with roomy.wire() as wire:
+                wire.send(data)
+                if data in (GOOD, get(b"//x")):
+                    wire.answer()
+        eventually(lambda: alive() == 0)
+    finally:
+        gc.enable()
 
 
 def test_who_asks_late_is_told_at_once() -> None:
@@ -706,3 +796,46 @@ def test_abort_cuts_the_connection() -> None:
         assert not wire.rest().endswith(b"\r\n0\r\n\r\n")
         eventually(lambda: site.lost)
         assert site.lost == ["gone"]
+
+
+def narrow(site: Site) -> Wire:
+    """A client with a small receive buffer, so that little of an answer is out of our hands."""
+    wire = site.wire()
+    wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    return wire
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_cut() -> None:
+    with serving(pieces, Limits(write_seconds=0.5)) as site, narrow(site) as wire:
+        wire.send(GOOD)
+        eventually(lambda: site.lost == ["gone"])
+
+
+def test_a_client_that_takes_its_answer_slowly_is_served() -> None:
+    with serving(pieces, Limits(write_seconds=0.5)) as site, narrow(site) as wire:
+        wire.send(GOOD)
+        wire.until(b"\r\n\r\n")
+        started = time.monotonic()
+        while time.monotonic() - started < 2.0:
+            wire.exactly(2000)
+            time.sleep(0.02)
+        assert site.lost == []
+
+
+async def pieces(site: Site, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """An answer without end, written as fast as the client takes it."""
+    connection: Connection = scope["extensions"]["breakwater"]
+    task = asyncio.current_task()
+    assert task is not None
+
+    def tell(reason: str) -> None:
+        site.lost.append(reason)
+        task.cancel()
+
+    connection.on_lost(tell)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    try:
+        while True:
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+    except asyncio.CancelledError:
+        pass

@@ -58,7 +58,7 @@ STREAMS = [
     b"POST /a HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
     b"5;x=y\r\nhello\r\n1\r\n!\r\n0\r\nHost: b\r\nX-T: t\r\n\r\n"
     b"GET /b HTTP/1.1\r\nhOST: a\r\nEmpty:\r\n\r\n",
-    b"POST /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 900 + b"0\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n",
     b"GET /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\nwhatever follows is ignored",
 ]
 FAULTY = [
@@ -148,6 +148,31 @@ def test_framing_of_a_complete_body_is_judged_too() -> None:
     )
     assert fault is CHUNK_FRAMING
     assert events[-1] == "complete"
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000] * 30,
+        [b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000, b"\r\n" * 10_000],
+    ],
+    ids=["before", "after"],
+)
+def test_the_audit_does_not_count_what_else_is_in_the_read(reads: list[bytes]) -> None:
+    chunked = b"POST /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
+    _, fault = hear(b"".join(reads) + chunked)
+    assert fault is None
+    _, fault = hear(chunked[:-5], chunked[-5:] + b"".join(reads))
+    assert fault is None
+
+
+def test_only_http_1_1_keeps_the_connection() -> None:
+    events, _ = hear(b"GET /a HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+    assert events[0][3] is False
+    events, _ = hear(b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert events[0][3] is True
+    events, _ = hear(b"GET /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert events[0][3] is False
 
 
 def test_the_audit_of_one_body_ends_with_it() -> None:

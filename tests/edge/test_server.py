@@ -157,7 +157,7 @@ def test_an_application_that_does_not_let_go_cannot_hold_the_process() -> None:
         assert not stream.rest().endswith(b"0\r\n\r\n")  # cut: nobody can take it for complete
         code, out, _ = server.end()
         assert code == 0
-        assert out == "draining\ninterrupting 1\nlost gone\nserved\n"
+        assert out == "draining\ninterrupting 1\nlet go\nlost gone\nserved\n"
 
 
 def test_a_client_that_does_not_read_cannot_hold_the_process() -> None:
@@ -170,6 +170,13 @@ def test_a_client_that_does_not_read_cannot_hold_the_process() -> None:
         assert out == "draining\ninterrupting 1\nlost gone\nserved\n"
 
 
+def test_the_last_bytes_of_an_interrupted_stream_still_leave() -> None:
+    with process("0", "0") as server, server.stream("/burst") as stream:
+        server.signal()
+        assert stream.rest().endswith(b"data: error\n\n\r\n0\r\n\r\n")
+        assert server.end() == (0, "draining\ninterrupting 1\nserved\n", "")
+
+
 def test_each_listener_has_its_port_and_its_headers() -> None:
     with process("0", FAR) as server:
         for port in server.ports:
@@ -179,6 +186,17 @@ def test_each_listener_has_its_port_and_its_headers() -> None:
                 assert answer.status == 200
                 assert answer.headers["date"].endswith(" GMT")
                 assert "server" not in answer.headers
+
+
+def test_the_date_is_kept() -> None:
+    with process("0", FAR) as server, server.wire() as wire:
+
+        def date() -> str:
+            wire.send(b"GET /readyz HTTP/1.1\r\nHost: a\r\n\r\n")
+            return wire.answer().headers["date"]
+
+        first = date()
+        eventually(lambda: date() != first)
 
 
 def test_a_port_in_use_is_one_clear_line() -> None:
@@ -246,6 +264,24 @@ def test_when_one_address_fails_none_stays_open() -> None:
 def test_an_address_that_cannot_be_bound_says_why(host: str, reason: str) -> None:
     with pytest.raises(ListenFailed, match=reason):
         serve((host, 0))
+
+
+def test_a_stop_before_it_is_ready_ends_it_at_once() -> None:
+    ready: list[int] = []
+    app = Quiet()
+    server = Server(
+        app,
+        [Listener(app, "127.0.0.1", 0)],
+        limits=Limits(),
+        drain_ms=int(FAR),
+        grace_ms=int(FAR),
+        on_ready=lambda host, port: ready.append(port),
+        own_signals=False,
+    )
+    server.stop()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(server.serve(), PATIENCE))
+    assert ready == []
 
 
 def test_a_fault_while_starting_closes_the_listeners() -> None:

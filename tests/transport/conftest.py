@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import trustme
+import uvloop
 
 from tests.transport.adapters import ADAPTERS, AnyTransport, MakeTransport
 
@@ -16,6 +17,14 @@ from tests.transport.adapters import ADAPTERS, AnyTransport, MakeTransport
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """For tests that are not coroutines."""
+    loop = uvloop.new_event_loop()
+    yield loop
+    loop.close()
 
 
 @pytest.fixture(scope="session")

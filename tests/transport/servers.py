@@ -139,9 +139,9 @@ async def serve(script: Script, tls: ssl.SSLContext | None = None) -> AsyncItera
         yield server
     finally:
         listener.close()
-        for task in tasks:
-            task.cancel()
-        if tasks:
+        while tasks:  # one that was just being accepted may join meanwhile
+            for task in tasks:
+                task.cancel()
             await asyncio.wait(tasks)
         await listener.wait_closed()
     if server.failures:

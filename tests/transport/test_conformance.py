@@ -6,7 +6,10 @@ Every test runs on both adapters. Where they may differ, the test says so.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import struct
+import threading
 
 import pytest
 
@@ -397,6 +400,7 @@ async def test_early_end(make: MakeTransport, sent: bytes, end: str) -> None:
         b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n",
         OK + b"X-A: " + b"a" * 200_000 + b"\r\nContent-Length: 0\r\n\r\n",
         OK + b"X-A: 1\r\n" * 30_000 + b"\r\n",
+        OK + b"X-A: " + b"a" * 1_000_000,
     ],
 )
 async def test_bad_framing(make: MakeTransport, reply: bytes) -> None:
@@ -430,7 +434,7 @@ async def test_surplus_is_never_an_answer(make: MakeTransport, reply: bytes, sur
         sent.set()
         await peer.gone()
 
-    transport = make(max_connections=1)
+    transport = make(max_connections=1, keepalive=60.0)
     async with serve(script) as server:
         first = await fetch(transport, server.request())
         await sent.wait()
@@ -589,16 +593,17 @@ async def test_idle_connections_end(make: MakeTransport) -> None:
 
 
 @pytest.mark.parametrize(
-    ("replayable", "partial", "wait", "resent"),
+    ("end", "replayable", "partial", "wait", "resent"),
     [
-        (True, b"", 0.0, True),
-        (False, b"", 0.0, False),  # it may have been acted on
-        (True, b"HTTP/1.1 20", 0.0, False),  # it was acted on
-        (True, b"H", 0.0, False),
-        (True, b"", 1.1, False),  # too late to be the keep-alive race
+        ("fin", True, b"", 0.0, True),
+        ("reset", True, b"", 0.0, True),
+        ("fin", False, b"", 0.0, False),  # it may have been acted on
+        ("reset", False, b"", 0.0, False),
+        ("fin", True, b"HTTP/1.1 20", 0.0, False),  # it was acted on
+        ("reset", True, b"H", 0.0, False),
+        ("fin", True, b"", 1.1, False),  # too late to be the keep-alive race
     ],
 )
-@pytest.mark.parametrize("end", ["fin", "reset"])
 async def test_a_dead_connection_is_replaced_once(
     make: MakeTransport, adapter: str, end: str, partial: bytes, wait: float, *, replayable: bool, resent: bool
 ) -> None:
@@ -627,6 +632,36 @@ async def test_a_dead_connection_is_replaced_once(
         assert await fetch(transport, server.request()) == (200, b"hello")
 
 
+@pytest.mark.parametrize("replayable", [True, False])
+@pytest.mark.parametrize("end", ["fin", "reset"])
+async def test_an_end_that_the_loop_has_not_seen(make: MakeTransport, end: str, *, replayable: bool) -> None:
+    """The idle connection ended while the loop was busy. A request that may be sent only once gets through, too."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ended = threading.Event()
+
+        def serve_two() -> None:
+            for number in range(2):
+                with listener.accept()[0] as sock:
+                    sock.recv(65536)
+                    sock.sendall(LENGTH)
+                    ended.wait()
+                    if end == "reset" and number == 0:
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                if number == 0:
+                    gone.set()
+
+        gone = threading.Event()
+        server = threading.Thread(target=serve_two)
+        server.start()
+        transport = make(max_connections=1)
+        request = Request(Origin("http", *listener.getsockname()), b"POST", b"/", [], b"{}", replayable=replayable)
+        assert await fetch(transport, request) == (200, b"hello")
+        ended.set()
+        gone.wait()  # and the loop stands still
+        assert await fetch(transport, request) == (200, b"hello")
+        server.join()
+
+
 # -- cancellation ----------------------------------------------------------------------------------------------------
 
 
@@ -635,11 +670,9 @@ async def _cancelled(transport: AnyTransport, request: Request, *, read: bool = 
 
     async def run() -> None:
         response = await transport.send(request, soon())
-        try:
-            while read and await response.read(soon()):
-                pass
-        finally:
-            await response.aclose()
+        while read and await response.read(soon()):
+            pass
+        await response.aclose()  # not in a `finally`: a cancelled read has given up by itself
 
     task = asyncio.create_task(run())
     await asyncio.sleep(0.05)

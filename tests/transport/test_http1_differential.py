@@ -9,101 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import h11
-import pytest
-import uvloop
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import UpstreamBroken
-from proxy.transport.connection import Connection
-from proxy.transport.pool import Pool
-from proxy.transport.response import Http1Response
+from tests.transport.wire import Outcome, read_with_ours
 
 EXAMPLES = 5_000 if os.environ.get("BREAKWATER_FAULTS") else 100
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-@pytest.fixture(scope="module")
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = uvloop.new_event_loop()
-    yield loop
-    loop.close()
-
-
-class Wire(asyncio.Transport):
-    """A transport in memory: reads are cut exactly where the test says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.closed = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        pass
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def abort(self) -> None:
-        self.closed = True
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
-@dataclass
-class Outcome:
-    status: int = 0
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    body: bytes = b""
-    complete: bool = False
-    refused: bool = False
-    """The bytes are not HTTP to this reader."""
-    kept: bool = False
-    """The connection would be used again."""
-
-
-def read_with_ours(loop: asyncio.AbstractEventLoop, pieces: list[bytes]) -> Outcome:
-    """The pieces, each as a read of its own, then the end of the connection."""
-    pool: Pool[Connection] = Pool(loop, 1, 60.0)
-    loop.run_until_complete(pool.acquire(loop.time() + 60))
-    wire = Wire()
-    connection = Connection(loop, pool, 65536)
-    connection.connection_made(wire)
-    response = Http1Response(connection, head_only=False)
-    connection.start(response, b"POST / HTTP/1.1\r\n\r\n", b"")
-    for piece in pieces:
-        if not wire.closed:
-            connection.data_received(piece)
-    kept = not wire.closed and pool.stats().idle == 1
-    if not wire.closed:
-        connection.eof_received()
-    connection.connection_lost(None)
-    assert pool.stats().in_use == pool.stats().idle == 0
-    pool.close()
-    return loop.run_until_complete(_outcome(response, kept=kept))
-
-
-async def _outcome(response: Http1Response, *, kept: bool) -> Outcome:
-    outcome = Outcome(kept=kept)
-    try:
-        await response.head(0.0)
-        outcome.status, outcome.headers = response.status, response.headers
-        while piece := await response.read(0.0):
-            outcome.body += piece
-        outcome.complete = True
-    except UpstreamBroken as error:
-        outcome.refused = error.reason == "protocol"
-    return outcome
 
 
 def read_with_h11(pieces: list[bytes]) -> Outcome:
@@ -248,10 +163,11 @@ def test_well_formed(loop: asyncio.AbstractEventLoop, data: st.DataObject) -> No
 @many
 @given(st.data())
 def test_whole_answers_are_kept(loop: asyncio.AbstractEventLoop, data: st.DataObject) -> None:
-    """In one read, and with a body that does not consist of line breaks, the end can be told."""
+    """In one read the end can be told, but for a body with a length that is nothing but line breaks."""
     answer = data.draw(answers())
-    ours = read_with_ours(loop, [answer.data])
-    assert ours.kept == (answer.expected.kept and not (answer.expected.body and not answer.expected.body.strip(crlf)))
+    expected = answer.expected
+    unclear = expected.body and not expected.body.strip(crlf) and b"content-length" in dict(expected.headers)
+    assert read_with_ours(loop, [answer.data]).kept == (expected.kept and not unclear)
 
 
 @many

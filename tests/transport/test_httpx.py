@@ -206,3 +206,12 @@ async def test_a_silent_egress_proxy(trusting: ssl.SSLContext) -> None:
             await client.send(Request(Origin("https", "localhost", 443), b"GET", b"/", []), soon(0.1))
         assert failure.value.reason == "timeout"
         await until(lambda: way_out.closed == way_out.accepted)
+
+
+@pytest.mark.parametrize("value", [b"a\x01b", b"a\x7fb", b"\x1b[31m"])
+async def test_control_characters_in_a_header_are_refused(value: bytes) -> None:
+    async with serve(answers(OK.replace(b"\r\n\r\n", b"\r\nX-A: %b\r\n\r\n" % value))) as server:
+        transport = HttpxTransport(max_connections=1, connect_timeout=20.0)
+        with pytest.raises(UpstreamBroken):
+            await fetch(transport, server.request())
+        await transport.aclose()
