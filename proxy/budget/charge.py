@@ -19,6 +19,8 @@ provider refused, and what was never sent, costs nothing. Estimated figures say 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
 
     from proxy.budget.hold import Budget
 
+Job = Callable[[], Awaitable[None]]
+Later = Callable[[Job], None]
+
 SETTLE_SECONDS: Final = 2.0
 NEAR: Final = 0.9
 """Of its reserved output, what a stream may have made before it asks for more."""
@@ -64,7 +69,10 @@ class Charge:
         targets: Sequence[Target],
         request_id: str,
         parent: Charge | None = None,
+        key: str = "",
+        afterwards: Later | None = None,
     ) -> None:
+        """`key` names the caller's key in the ledger. `afterwards` runs a job once the client has its last byte."""
         self.want = want
         self.policy = policy
         self.degraded = False
@@ -75,6 +83,8 @@ class Charge:
         self._record = record
         self._targets = targets
         self.request_id = request_id
+        self._key = key
+        self._afterwards = afterwards
         self._parent = parent
         self.held: Held = parent.held if parent is not None else Held()
         self._plan: Plan | None = None
@@ -100,14 +110,21 @@ class Charge:
         try:
             await self._open()
         except BaseException:
+            self._record.rate_limits = self.headers()
             await self._close(complete=False)
             raise
+        self._record.rate_limits = self.headers()
+        self._record.degraded = self.degraded
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._close(complete=kind is None)
+        closing = partial(self._close, complete=kind is None)
+        if self._afterwards is None:
+            await closing()
+        else:
+            self._afterwards(self._budget.later(closing))
 
     async def _open(self) -> None:
         if self._parent is not None:
@@ -128,6 +145,11 @@ class Charge:
         raise refused
 
     async def _close(self, *, complete: bool) -> None:
+        attempt = self._attempt
+        if self._budget.prompt and (attempt is None or attempt.usage is not None):
+            # Nothing to count, and a store that never waits: no cancellation can come in between.
+            await self._finish(complete=complete)
+            return
         finishing = self._budget.track(self._finish(complete=complete))
         try:
             async with asyncio.timeout(SETTLE_SECONDS):
@@ -146,6 +168,7 @@ class Charge:
         held, budget = self.held, self._budget
         budget.at_risk(held, ())
         self._record.nano_usd = None if held.unpriced else held.before_nano_usd + held.nano_usd
+        self._record.costs = True
         if held.state is not None or held.entries:
             await budget.settle(held, self.policy)
 
@@ -167,6 +190,7 @@ class Charge:
         if plan.account is not None:
             held.apart.setdefault(plan.account.name, [0, 0, 0])[0] += 1
         self._attempt = Attempt(plan, Meter() if self.want.ask.dialect != "passthrough" else None)
+        self._record.degraded = self.degraded
         self._attempt.next_check = int(plan.estimate.expected * BYTES_PER_TOKEN * NEAR)
 
     def answered(self, status: int) -> None:
@@ -186,9 +210,11 @@ class Charge:
         attempt.seen_bytes += len(event.data)
         if event.usage is not None:
             attempt.usage = event.usage
+            self._tell(attempt.plan, event.usage)
         elif attempt.meter is not None:
             attempt.meter.see(event.data)
         if not self.want.ask.stream:
+            self._record.costs = attempt.status < 300
             return False
         self.head.see(event.data)
         return self._grows and not event.terminator and attempt.seen_bytes > attempt.next_check
@@ -218,7 +244,20 @@ class Charge:
 
         It shares the reservation, which its `cover` raises, and is settled with it.
         """
-        return Charge(self._budget, want, self.policy, self._record, self._targets, self.request_id, parent=self)
+        return Charge(
+            self._budget, want, self.policy, self._record, self._targets, self.request_id, parent=self, key=self._key
+        )
+
+    def _tell(self, plan: Plan, usage: Usage) -> None:
+        """What is known before the books are closed: for headers and the trailer."""
+        held, record = self.held, self._record
+        record.usage = usage if held.usage is None else added(held.usage, usage)
+        nano = None if held.unpriced else self._cost(plan, usage)
+        record.nano_usd = None if nano is None else held.before_nano_usd + held.nano_usd + nano
+        record.costs = True
+
+    def _cost(self, plan: Plan, usage: Usage) -> int | None:
+        return None if plan.rates is None or self.want.ask.dialect == "passthrough" else cost(usage, plan.rates)
 
     # -- what an attempt comes to ------------------------------------------------------------------------------------
 
@@ -260,7 +299,7 @@ class Charge:
         if usage is None:
             return
         held, plan = self.held, attempt.plan
-        nano = None if plan.rates is None or self.want.ask.dialect == "passthrough" else cost(usage, plan.rates)
+        nano = self._cost(plan, usage)
         held.tokens += usage.total
         held.nano_usd += nano or 0
         held.unpriced = held.unpriced or nano is None
@@ -275,7 +314,7 @@ class Charge:
                     self._budget.wall_ms(),
                     self.request_id,
                     self.policy.tenant,
-                    self.policy.key,
+                    self._key,
                     plan.target,
                     self.want.tags,
                     usage,
@@ -286,6 +325,6 @@ class Charge:
             )
         )
         if attempt.meter is not None or not usage.estimated:
-            self._record.usage = usage if self._record.usage is None else added(self._record.usage, usage)
+            held.usage = self._record.usage = usage if held.usage is None else added(held.usage, usage)
         if complete and not usage.estimated and self.want.generates:
             self._budget.learn(self.policy.tenant, plan, usage, self.want.choices)

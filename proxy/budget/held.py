@@ -38,7 +38,7 @@ class Held:
 
     __slots__ = (
         "apart", "ask", "attempts", "before_nano_usd", "entries", "id", "local", "nano_usd", "provider", "risks",
-        "state", "tokens", "unpriced",
+        "state", "tokens", "unpriced", "usage",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -56,6 +56,8 @@ class Held:
         self.before_nano_usd = 0
         """Of an earlier reservation of the same request, whose lease was lost."""
         self.unpriced = False
+        self.usage: Usage | None = None
+        """Of attempts that are over; None: nobody knows of any."""
         self.attempts = 0
         self.entries: list[Entry] = []
         self.apart: dict[str, list[int]] = {}

@@ -15,7 +15,7 @@ from typing import Any
 from proxy.budget import answers
 from proxy.budget.access import LEASE_MS, Access
 from proxy.budget.amounts import MAX_AMOUNT, Amounts, Row
-from proxy.budget.charge import Charge
+from proxy.budget.charge import BYTES_PER_TOKEN, Charge, Job, Later
 from proxy.budget.estimate import Exposure
 from proxy.budget.held import Held
 from proxy.budget.local import Slices
@@ -56,7 +56,9 @@ class Budget:
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         observe: Callable[[int, int], None] = lambda taken, reserved: None,
         waiting: Waiting | None = None,
+        prompt: bool = False,
     ) -> None:
+        """`prompt`: the store never waits, so a settlement needs no task of its own to be safe."""
         self.access = access
         self.policies = policies
         self.counter = counter
@@ -69,6 +71,9 @@ class Budget:
         self._clock = clock
         self._emit = emit
         self._observe = observe
+        self.prompt = prompt
+        self._later: set[Job] = set()
+        """Settlements that whoever answers has promised to run."""
         self._finishing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -76,6 +81,8 @@ class Budget:
 
     async def aclose(self, grace_seconds: float = 2.0) -> None:
         """Waits for settlements that are under way, then gives the store one last chance for those that wait for it."""
+        for job in list(self._later):
+            await job()  # Its task was cancelled by the end of the process, between the answer and the books.
         if self._finishing:
             await asyncio.wait(self._finishing, timeout=grace_seconds)
         await self.access.aclose()
@@ -83,11 +90,22 @@ class Budget:
     # -- for the pipeline --------------------------------------------------------------------------------------------
 
     def hold(
-        self, tenant: str, key: str, want: Want, targets: Sequence[Target], record: Record, request_id: str = ""
+        self,
+        tenant: str,
+        key: str,
+        want: Want,
+        targets: Sequence[Target],
+        record: Record,
+        request_id: str = "",
+        *,
+        afterwards: Later | None = None,
     ) -> Charge:
         """An async context manager. Entering it raises BudgetExceeded, RequestExceedsBudget, ModelPriceUnknown and
-        StoreUnavailable; `targets` are in the order in which they are tried, and there is at least one."""
-        return Charge(self, want, self.policies.of(tenant, key), record, targets, request_id)
+        StoreUnavailable; `targets` are in the order in which they are tried, and there is at least one.
+
+        `afterwards`: takes the settlement, to be run once the client has its last byte; without it, leaving waits."""
+        policy = self.policies.of(tenant, key)
+        return Charge(self, want, policy, record, targets, request_id, key=key, afterwards=afterwards)
 
     def rate_limits(self, policy: Policy) -> Headers:
         """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
@@ -145,8 +163,10 @@ class Budget:
         """Covers an attempt at `target`, beside all that went before. Raises what `Charge.cover` raises."""
         held = charge.held
         limited = charge.policy.at(target.provider).limited
-        if limited:
+        if limited and charge.policy.at(target.provider).enforced:
             await self.count(charge.want, target)
+        elif charge.want.ask.fields and not charge.want.input_bound:
+            charge.want.input_tokens = len(charge.want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
         if held.state is None or (held.state == "open" and limited and not charge.degraded):
             return await self._reserve(charge, target)
         plan = self.plan(charge, target)
@@ -202,6 +222,17 @@ class Budget:
 
     def learn(self, tenant: str, plan: Plan, usage: Usage, choices: int) -> None:
         self._planner.expectations.saw(tenant, plan.target.label, -(-usage.output // choices))
+
+    def later(self, job: Job) -> Job:
+        """`job`, remembered until it has begun."""
+
+        async def once() -> None:
+            if once in self._later:
+                self._later.discard(once)
+                await job()
+
+        self._later.add(once)
+        return once
 
     def track(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs to its end whatever becomes of its caller: the loop itself keeps no strong reference."""

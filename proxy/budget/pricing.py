@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Final, Literal, Protocol
 
-from proxy.money import LARGEST, PER_MILLION
+from proxy.budget.settings import PriceSettings, TierSettings
+from proxy.money import LARGEST, PER_MILLION, nano_usd
 from proxy.types import Dialect, Target, Usage
 
 KEPT: Final = 4096
@@ -97,6 +99,45 @@ class ModelFacts:
 
 
 UNKNOWN: Final = ModelFacts()
+
+
+class WrittenFacts(Protocol):
+    """What a configuration can say of a model."""
+
+    @property
+    def price(self) -> PriceSettings | Literal["none"] | None: ...
+    @property
+    def context_window(self) -> int | None: ...
+    @property
+    def max_output_tokens(self) -> int | None: ...
+
+
+def facts_of(written: WrittenFacts) -> ModelFacts:
+    """The same as integers; what costs nothing is known to."""
+    price = written.price
+    rates = None if price is None else FREE if price == "none" else rates_of(price)
+    return ModelFacts(rates, written.context_window, written.max_output_tokens)
+
+
+def rates_of(price: PriceSettings) -> Rates:
+    request = nano_usd(price.request)
+    return replace(_rates(price, request), tiers=tuple(Tier(one.above, _rates(one, request)) for one in price.tiers))
+
+
+def _rates(price: PriceSettings | TierSettings, request: int) -> Rates:
+    plain, output = nano_usd(price.input), nano_usd(price.output)
+
+    def rate(written: Decimal | None, instead: int) -> int:
+        return instead if written is None else nano_usd(written)
+
+    return Rates(
+        plain,
+        rate(price.cached_input, plain),
+        rate(price.cache_write, plain),
+        output,
+        rate(price.reasoning, output),
+        request,
+    )
 
 
 class Library(Protocol):

@@ -6,6 +6,7 @@ their types back: counts are integers again, flags true or false.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -13,6 +14,7 @@ from proxy.store.base import Entry, Tally
 from proxy.types import Target, Usage
 
 MAX_TAGS: Final = 256
+_TAGS: Final = re.compile(rb"[\x20-\x7e]{1,%d}" % MAX_TAGS)
 _COUNTS: Final = frozenset(
     [*Tally.__struct_fields__, "at", "status", "attempt", "tokens"],
 )
@@ -78,6 +80,11 @@ def entry_of(line: Line) -> Entry:
             "attempt", str(line.attempt),
         ),
     )  # fmt: skip
+
+
+def tags_in(header: bytes | None) -> str:
+    """What `x-breakwater-tags` says, as it stands; empty where it says nothing that a ledger could hold."""
+    return header.decode() if header is not None and _TAGS.fullmatch(header) else ""
 
 
 def decoded(fields: Sequence[str]) -> dict[str, Value]:

@@ -43,6 +43,8 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_token: float | None = None
     """Streams only: until the first forwarded event."""
     usage: Usage | None = None
+    nano_usd: int | None = None
+    """What `usage` costs, in nano-dollars; None: nobody knows."""
     bytes_in: int = 0
     bytes_out: int = 0
     attempts: int = 0

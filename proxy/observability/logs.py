@@ -12,6 +12,7 @@ from typing import IO, Any, Final
 
 import msgspec
 
+from proxy.money import usd_text
 from proxy.observability import tracebacks
 from proxy.observability.events import (
     BudgetRefused,
@@ -109,6 +110,7 @@ def _add_upstream(fields: dict[str, Any], event: RequestFinished) -> None:
         if usage.reasoning:
             fields["reasoning_tokens"] = usage.reasoning
         fields["usage_estimated"] = usage.estimated
+        fields["cost_usd"] = None if event.nano_usd is None else usd_text(event.nano_usd)
 
 
 def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
