@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
 from proxy import __version__
 from proxy.budget.access import Access
+from proxy.budget.answers import store_unavailable
 from proxy.budget.estimate import Expectations
 from proxy.budget.hold import Budget
 from proxy.budget.plan import Planner
@@ -29,6 +31,7 @@ from proxy.budget.pricing import (
     facts_of,
     vendor_of,
 )
+from proxy.budget.report import by_tenant, gauges, shown, usage_shown
 from proxy.budget.watch import Watch
 from proxy.catalog import Catalog
 from proxy.config.effective import nested
@@ -37,8 +40,9 @@ from proxy.config.settings import Settings
 from proxy.edge.asgi import App, Gateway, Side
 from proxy.edge.auth import AdminKeys, KeyedTenants, Keyless, is_loopback
 from proxy.edge.head import Limits
+from proxy.errors import StoreUnavailable
 from proxy.observability.events import Bus, ConnectionRefused
-from proxy.observability.metrics import CONTENT_TYPE, Metrics
+from proxy.observability.metrics import CONTENT_TYPE, Gauged, Metrics
 from proxy.observability.scrub import Scrubber
 from proxy.pipeline import Pipeline, Tenants
 from proxy.providers.base import Provider
@@ -48,6 +52,8 @@ from proxy.providers.mock.script import read_script
 from proxy.providers.openai import OpenAIProvider, Timeouts
 from proxy.providers.settings import OpenAISettings, ProviderSettings
 from proxy.routing import Route, Routing
+from proxy.store.base import DIMENSIONS, ROLLUP_MS
+from proxy.store.base import StoreUnavailable as StoreAway
 from proxy.store.memory import MemoryStore
 from proxy.tokens.count import Counter
 from proxy.transport.base import Transport
@@ -116,7 +122,10 @@ def create_app(
         config_hash=loaded.hash,
         in_flight=lambda: gateway.in_flight,
         lines_dropped=lines_dropped,
+        degraded=lambda: budget.access.away,
+        budgets=lambda: _gauges(budget),
     )
+    budget.observe = metrics.estimated
     bus.subscribe(metrics)
     local = is_loopback(listen.host)
     side = Side(
@@ -125,7 +134,7 @@ def create_app(
         AdminKeys(key.get_secret_value() for key in settings.admin.keys),
         metrics_open=local or settings.observability.metrics_public,
         any_host=not local,
-        admin=lambda: _admin(loaded, lambda: gateway.in_flight),
+        admin=lambda: _admin(loaded, budget, lambda: gateway.in_flight),
     )
     gateway = Gateway(
         pipeline,
@@ -264,11 +273,34 @@ def _transport(settings: OpenAISettings) -> Transport:
     )
 
 
-def _admin(loaded: Loaded, in_flight: Callable[[], int]) -> App:
+def _admin(loaded: Loaded, budget: Budget, in_flight: Callable[[], int]) -> App:
     from proxy.admin.api import create_admin
+
+    async def budgets(tenant: str | None) -> list[dict[str, Any]]:
+        found = await budget.report()
+        return shown(found if tenant is None else by_tenant(found, tenant))
+
+    async def usage(span_ms: int, by: list[str]) -> list[dict[str, Any]]:
+        names = [one for name in by for one in DIMENSIONS if one == name]
+        now = budget.wall_ms()
+        since = (now - span_ms) // ROLLUP_MS * ROLLUP_MS
+        try:
+            return usage_shown(await budget.access.store.usage(since, now + ROLLUP_MS, names), names)
+        except StoreAway as error:
+            raise store_unavailable() from error
 
     return create_admin(
         config_hash=loaded.hash,
         effective=lambda: {"config": nested(loaded.settings), "origins": dict(loaded.origins)},
         in_flight=in_flight,
+        budgets=budgets,
+        usage=usage,
+        dimensions=DIMENSIONS,
     )
+
+
+async def _gauges(budget: Budget) -> Gauged:
+    try:
+        return gauges(await budget.report())
+    except StoreUnavailable:
+        return {}, {}  # A page without them says more than figures of the past.

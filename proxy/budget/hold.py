@@ -26,7 +26,15 @@ from proxy.budget.report import ScopeReport, report
 from proxy.budget.waiting import Waiting
 from proxy.errors import ProxyError
 from proxy.observability.events import BudgetRefused, Notice
-from proxy.store.base import BudgetStore, Ended, Granted, Refused, Reservation, Scope, StoreUnavailable
+from proxy.store.base import (
+    BudgetStore,
+    Ended,
+    Granted,
+    Refused,
+    Reservation,
+    Scope,
+    StoreUnavailable,
+)
 from proxy.tokens.count import Counter
 from proxy.tokens.encodings import encoding_of
 from proxy.tokens.media import media_of
@@ -70,7 +78,7 @@ class Budget:
         self._slices = Slices(local, access.watch, wall_ms)
         self._clock = clock
         self._emit = emit
-        self._observe = observe
+        self.observe = observe
         self.prompt = prompt
         self._later: set[Job] = set()
         """Settlements that whoever answers has promised to run."""
@@ -208,7 +216,7 @@ class Budget:
             except StoreUnavailable:
                 pass  # That slice is gone, with the outage that it was for.
         await self.access.settle(settlement)
-        self._observe(settlement.actual.tokens, held.ask.tokens)
+        self.observe(settlement.actual.tokens, held.ask.tokens)
         self.waiting.wake()
 
     def at_risk(self, held: Held, places: Sequence[str], tokens: int = 0, nano_usd: int = 0) -> None:

@@ -7,15 +7,16 @@ no risk, and its bound is 0. *At risk* is the sum of now.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
 
 import msgspec
 
 from proxy.budget.amounts import WINDOWS, Row, Window
 from proxy.budget.clocks import DAY_MS, HOUR_MS, month_start
 from proxy.budget.estimate import Exposure
-from proxy.store.base import Balance, ScopeKind
+from proxy.money import NANO, usd_text
+from proxy.store.base import Balance, Dimension, ScopeKind, Tally, UsageRow
 
 _TOKENS: Final = "tokens_per_minute"
 
@@ -86,6 +87,58 @@ def _risk(window: Window, limit: int | None, exposure: Exposure | None, processe
     if window == _TOKENS:
         return exposure.tokens, max(share, exposure.largest_tokens)
     return exposure.nano_usd, max(share, exposure.largest_nano_usd)
+
+
+def shown(reports: Iterable[ScopeReport]) -> list[dict[str, Any]]:
+    """As JSON: dollars are exact decimal texts."""
+    return [
+        {
+            "scope": one.kind,
+            "name": one.name,
+            "enforced": one.enforced,
+            "live": one.live,
+            "windows": {window.window: _figures(window) for window in one.windows},
+        }
+        for one in reports
+    ]
+
+
+def _figures(one: WindowReport) -> dict[str, Any]:
+    names = ("limit", "spent", "reserved", "at_risk", "bound")
+    amounts: dict[str, Any] = {name: getattr(one, name) for name in names}
+    if one.window.startswith("usd_"):
+        amounts = {name: None if nano is None else usd_text(nano) for name, nano in amounts.items()}
+    return {**amounts, "reset_ms": one.reset_ms}
+
+
+def gauges(reports: Iterable[ScopeReport]) -> tuple[dict[tuple[str, ...], float], dict[tuple[str, ...], float]]:
+    """Of tenants: the used part of each limit by (tenant, window), and what is reserved by (tenant, unit)."""
+    used: dict[tuple[str, ...], float] = {}
+    reserved: dict[tuple[str, ...], float] = {}
+    for one in reports:
+        if one.kind != "tenant":
+            continue
+        held = {window.window: window.reserved for window in one.windows}
+        reserved[one.name, "requests"] = held["requests_per_minute"]
+        reserved[one.name, "tokens"] = held["tokens_per_minute"]
+        reserved[one.name, "usd"] = held["usd_per_day"] / NANO
+        for window in one.windows:
+            if window.limit:
+                used[one.name, window.window] = window.spent / window.limit
+    return used, reserved
+
+
+def usage_shown(rows: Iterable[UsageRow], by: Sequence[Dimension]) -> list[dict[str, Any]]:
+    """Roll-ups as JSON, the dearest first."""
+    found = sorted(rows, key=lambda row: (-row.usage.nano_usd, row.dimensions))
+    return [
+        {
+            **dict(zip(by, row.dimensions, strict=True)),
+            **{name: getattr(row.usage, name) for name in Tally.__struct_fields__ if name != "nano_usd"},
+            "cost_usd": usd_text(row.usage.nano_usd),
+        }
+        for row in found
+    ]
 
 
 def by_tenant(reports: Iterable[ScopeReport], tenant: str) -> list[ScopeReport]:

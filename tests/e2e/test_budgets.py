@@ -63,6 +63,7 @@ async def test_a_full_window_is_429_with_its_figures_and_an_honest_wait() -> Non
         assert (details["used"], details["reserved"]) == (2, 0)
         assert 55 <= int(refused.headers["retry-after"]) <= 61
         assert refused.headers.get_list("x-ratelimit-remaining-requests") == ["0"]
+        assert "x-breakwater-cost-usd" not in refused.headers
         async with client_of(running, "beta") as other:  # another tenant is not held up
             assert (await other.post("/chat/completions", json=ASK)).status_code == 200
         await running.quiet()
@@ -117,6 +118,43 @@ async def test_a_reply_says_what_it_cost_and_that_is_what_is_booked() -> None:
         (event,) = running.outcomes()
         assert isinstance(event, RequestFinished)
         assert event.nano_usd == nano
+
+
+ADMIN = "bw-admin-0123456789abcdef"
+
+
+async def test_the_administration_and_the_metrics_tell_the_same_figures() -> None:
+    budget = {"requests_per_minute": 1, "usd_per_day": 100}
+    async with gateway(budget=budget, admin={"keys": [ADMIN]}) as running, client_of(running) as client:
+        answer = await client.post("/chat/completions", json=ASK)
+        assert (await client.post("/chat/completions", json=ASK)).status_code == 429
+        await running.quiet()
+        cost = answer.headers["x-breakwater-cost-usd"]
+        async with httpx2.AsyncClient(base_url=running.url, headers={"authorization": f"Bearer {ADMIN}"}) as admin:
+            (scope,) = (await admin.get("/admin/budgets/acme")).json()
+            assert (scope["scope"], scope["name"], scope["live"]) == ("tenant", "acme", 0)
+            assert scope["windows"]["usd_per_day"]["limit"] == "100"
+            assert scope["windows"]["usd_per_day"]["spent"] == cost
+            assert scope["windows"]["requests_per_minute"]["spent"] == 1
+            names = [one["name"] for one in (await admin.get("/admin/budgets")).json()]
+            assert sorted(names) == ["acme", "beta"]
+            assert (await admin.get("/admin/budgets/nobody")).status_code == 404
+            told = (await admin.get("/admin/usage", params={"by": "tenant,provider", "since": "1h"})).json()
+            (row,) = told["rows"]
+            assert (row["tenant"], row["provider"], row["requests"], row["cost_usd"]) == ("acme", "mock", 1, cost)
+            assert row["output"] == answer.json()["usage"]["completion_tokens"]
+            for query in ({"since": "yesterday"}, {"by": "tenant,tenant"}, {"by": "colour"}):
+                assert (await admin.get("/admin/usage", params=query)).status_code == 400
+            page = (await admin.get("/metrics")).text.splitlines()
+        figures = dict(line.rsplit(" ", 1) for line in page if not line.startswith("#"))
+        assert figures['breakwater_cost_usd_total{model="*",tenant="acme",provider="mock"}'] == str(float(cost))
+        assert figures['breakwater_cost_unknown_total{model="*",tenant="acme",provider="mock"}'] == "0"
+        refusals = 'breakwater_budget_refusals_total{tenant="acme",window="requests_per_minute",mode="enforce"}'
+        assert figures[refusals] == "1"
+        assert figures['breakwater_budget_used_ratio{tenant="acme",window="requests_per_minute"}'] == "1.0"
+        assert figures['breakwater_budget_reserved{tenant="acme",unit="tokens"}'] == "0"
+        assert figures["breakwater_estimate_error_ratio_count"] == "1"
+        assert figures["breakwater_degraded"] == "0"
 
 
 async def test_unwritten_it_refuses_nothing_and_says_what_it_would_have() -> None:
