@@ -11,6 +11,11 @@ The tree::
     ├── RequestTimeout              408  request_timeout: the client did not finish its request in time
     ├── RequestTooLarge             413  request_too_large
     ├── Overloaded                  503  overloaded: too many in flight
+    ├── RequestExceedsBudget        400  request_exceeds_budget: larger than a whole window, so waiting cannot help
+    ├── ModelPriceUnknown           400  model_price_unknown: a limit in USD applies, and nobody knows the price
+    ├── BudgetExceeded              429  budget_exceeded: a window is full
+    │   └── ProviderFull                 that of a provider's account: the target is refused, not the request
+    ├── StoreUnavailable            503  store_unavailable: the store is away, and the policy is to refuse
     ├── InternalError               500  internal_error: a fault of ours
     └── UpstreamError                    something between us and a good answer
         ├── UpstreamUnavailable     503  upstream_unavailable: refused, broken, or our credential was not accepted
@@ -111,6 +116,43 @@ class RequestTooLarge(ProxyError):
 class Overloaded(ProxyError):
     status = 503
     code = "overloaded"
+    retryable = True
+
+
+class RequestExceedsBudget(ProxyError):
+    status = 400
+    type = "invalid_request_error"
+    code = "request_exceeds_budget"
+
+
+class ModelPriceUnknown(ProxyError):
+    status = 400
+    type = "invalid_request_error"
+    code = "model_price_unknown"
+
+
+class BudgetExceeded(ProxyError):
+    """`retry_after_ms` is an upper bound. Of the scopes `provider` and `global`, the details hold the reset alone."""
+
+    status = 429
+    type = "budget_error"
+    code = "budget_exceeded"
+    retryable = True
+
+    def __init__(
+        self, message: str, *, retry_after_ms: int, headers: list[tuple[bytes, bytes]], **details: Any
+    ) -> None:
+        super().__init__(message, headers=headers, **details)
+        self.retry_after_ms = retry_after_ms
+
+
+class ProviderFull(BudgetExceeded):
+    """Another target may still serve the request; the client sees this only when all of them are full."""
+
+
+class StoreUnavailable(ProxyError):
+    status = 503
+    code = "store_unavailable"
     retryable = True
 
 

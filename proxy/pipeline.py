@@ -7,18 +7,19 @@ pushed to `out` inside of it, by one path for streamed and plain replies: a plai
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
+from proxy.budget.charge import Charge
+from proxy.budget.cut import ending
+from proxy.budget.hold import Budget
+from proxy.budget.plan import want_of
+from proxy.budget.records import tags_in
 from proxy.catalog import Catalog
-from proxy.errors import UpstreamError, UpstreamRateLimited
+from proxy.errors import ProxyError, UpstreamError, UpstreamRateLimited
 from proxy.providers.base import Provider
 from proxy.routing import Routing
-from proxy.tokens.count import Counter
-from proxy.tokens.encodings import encoding_of
-from proxy.tokens.meter import Meter
-from proxy.types import Ask, Call, Event, Out, Record, Reply, Target, Tenant, Usage
+from proxy.types import Ask, Call, Event, Out, Record, Reply, Target, Tenant
 from proxy.validation import requests
 
 
@@ -36,7 +37,7 @@ class Pipeline:
         routing: Routing,
         providers: Mapping[str, Provider],
         catalog: Catalog,
-        counter: Counter,
+        budget: Budget,
         *,
         tenants_configured: bool,
         clock: Callable[[], float],
@@ -45,7 +46,7 @@ class Pipeline:
         self.routing = routing
         self.providers = providers
         self.catalog = catalog
-        self.counter = counter
+        self.budget = budget
         self.tenants_configured = tenants_configured
         self.clock = clock
 
@@ -68,26 +69,43 @@ class Pipeline:
         if ask.stream:
             record.stream = True
             out.expect_stream()
-        attempt = Attempt(self.providers[target.provider], ask, target, record, self.clock)
-        with Metered(self.counter, ask, target, out) as meter:
+        want = want_of(ask, tags_in(call.header(b"x-breakwater-tags")))
+        hold = self.budget.hold(
+            tenant.name, tenant.key, want, (target,), record, call.request_id, afterwards=out.afterwards
+        )
+        async with hold as charge:  # 400, 429, 503
+            await self._attempt(charge, target, ask, out)
+
+    async def _attempt(self, charge: Charge, target: Target, ask: Ask, out: Out) -> None:
+        await charge.cover(target)
+        attempt = Attempt(self.providers[target.provider], ask, target, out.record, self.clock, charge.output_cap)
+        try:
             async with attempt as reply:  # 429, 503, 504
-                await self._push(reply, meter, out)
+                charge.answered(reply.status)
+                await self._push(reply, charge, out)
+        except ProxyError as error:
+            charge.failed(error)
+            raise
 
     def _target(self, ask: Ask, tenant: Tenant) -> Target:
         if ask.dialect == "passthrough":
             return self.routing.passthrough(tenant)
         return self.routing.target(ask.model, tenant)
 
-    async def _push(self, reply: Reply, meter: Metered, out: Out) -> None:
+    async def _push(self, reply: Reply, charge: Charge, out: Out) -> None:
         record = out.record
         started = False
         async for event in reply.events:
-            meter.see(event)
+            outgrown = charge.see(event)
             if not started:
                 started = True
                 record.first_event = self.clock()
                 await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
             await out.write(event)
+            if outgrown and not await charge.grow():
+                last = ending(charge.want.ask.dialect, charge.head, charge.want.choices)
+                await out.write(Event(last, terminator=len(last)))
+                return
         if not started:
             await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
 
@@ -97,6 +115,7 @@ class Attempt:
 
     __slots__ = (
         "_ask",
+        "_cap",
         "_clock",
         "_provider",
         "_record",
@@ -105,13 +124,20 @@ class Attempt:
     )
 
     def __init__(
-        self, provider: Provider, ask: Ask, target: Target, record: Record, clock: Callable[[], float]
+        self,
+        provider: Provider,
+        ask: Ask,
+        target: Target,
+        record: Record,
+        clock: Callable[[], float],
+        output_cap: int | None = None,
     ) -> None:
         self._provider = provider
         self._ask = ask
         self._target = target
         self._record = record
         self._clock = clock
+        self._cap = output_cap
         self._reply: Reply | None = None
 
     async def __aenter__(self) -> Reply:
@@ -119,7 +145,7 @@ class Attempt:
         record.attempts += 1
         record.upstream_started = self._clock()
         try:
-            reply = await self._provider.open(self._ask, self._target.model)
+            reply = await self._provider.open(self._ask, self._target.model, output_cap=self._cap)
         except UpstreamError as error:
             self._explain(error)
             raise
@@ -151,54 +177,3 @@ class Attempt:
         error.details["attempts"] = [attempt]
         if not isinstance(error, UpstreamRateLimited):
             error.headers.append((b"x-should-retry", b"false"))
-
-
-class Metered:
-    """What one reply costs in tokens: the provider's figures where it gives them, counted and marked otherwise.
-
-    The last usage seen wins (some servers send a running total with every chunk). Written to the record on every way
-    out: a hang-up or a cut leaves an estimate of what was forwarded. Counting can take its time, so it is done
-    afterwards.
-    """
-
-    __slots__ = (
-        "_ask",
-        "_counter",
-        "_meter",
-        "_out",
-        "_record",
-        "_seen",
-        "_target",
-    )
-
-    def __init__(self, counter: Counter, ask: Ask, target: Target, out: Out) -> None:
-        self._counter = counter
-        self._ask = ask
-        self._target = target
-        self._out = out
-        self._record = out.record
-        self._meter: Meter | None = Meter() if ask.dialect != "passthrough" else None
-        self._seen = False
-
-    def __enter__(self) -> Metered:
-        return self
-
-    def see(self, event: Event) -> None:
-        self._seen = True
-        if event.usage is not None:
-            self._record.usage = event.usage
-        elif self._meter is not None:
-            self._meter.see(event.data)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        record = self._record
-        if self._meter is not None and self._seen and record.usage is None and record.upstream_status < 300:
-            self._out.afterwards(partial(self._estimate, self._meter))
-
-    async def _estimate(self, meter: Meter) -> None:
-        encoding = encoding_of(self._target.model)
-        prompt = await self._counter.count_prompt(self._ask.dialect, self._ask.fields, encoding)
-        output = await meter.output_tokens(self._counter, encoding)
-        self._record.usage = Usage(prompt, output, estimated=True)

@@ -98,6 +98,8 @@ class Tenant:
     providers: Sequence[str] | None = None
     passthrough: Sequence[str] | None = ()
     """Paths (with `/v1`) outside the known routes that this tenant may use. None: all."""
+    key: str = ""
+    """Which of its keys was presented: the first hexadecimal digits of its digest, never the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,15 @@ class Record:
     attempts: int = 0
     stream: bool = False
     usage: Usage | None = None
+    """Of all attempts together that were, or may have been, billed."""
+    nano_usd: int | None = None
+    """Their cost in nano-dollars; None where nobody knows a price."""
+    costs: bool = False
+    """`nano_usd` has been decided, even if nobody knows it."""
+    rate_limits: Headers = field(default_factory=list)
+    """`x-ratelimit-*`, where the caller is held to a limit."""
+    degraded: bool = False
+    """The store of budgets was away when it was asked."""
     upstream_started: float = 0.0
     """Readings of a monotonic clock (seconds); 0.0 is `never`."""
     first_event: float = 0.0

@@ -14,10 +14,14 @@ from tests.architecture import Layout, Rule, Sources, module, read
 LAYOUT = Layout(
     ranks=(
         (0, "proxy.__init__ proxy.types proxy.errors proxy.settings proxy.globs"),  # the words that everything shares
+        (0, "proxy.budget.amounts"),  # what the store's port and the arithmetic of windows both speak of
+        (0, "proxy.money proxy.budget.settings"),  # limits and prices are written under providers and tenants too
         (1, "proxy.*.base proxy.*.settings proxy.*.__init__"),  # ports, and what a room can be told
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
+        (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
+        (2, "proxy.store proxy.budget"),
         (2, "proxy.transport proxy.providers proxy.observability proxy.catalog"),  # shells: they wait and never decide
         (3, "proxy.pipeline"),
         (4, "proxy.edge proxy.admin"),
@@ -29,7 +33,11 @@ LAYOUT = Layout(
     shared=1,
     free=("proxy.pipeline", "proxy.app", "proxy.cli", "proxy.__main__"),
     late=("proxy.cli", "proxy.app"),  # a command, or the admin application, that most runs never need
-    only_in={"prometheus_client": "proxy.observability", "structlog": "proxy.observability"},
+    only_in={
+        "prometheus_client": "proxy.observability",
+        "structlog": "proxy.observability",
+        "genai_prices": "proxy.budget.library",
+    },
     own_errors=("proxy.cli", "proxy.config"),
     max_file=400,
     max_function=60,

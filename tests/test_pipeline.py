@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from proxy.budget.plan import want_of
 from proxy.catalog import Catalog
 from proxy.edge.auth import KeyedTenants, Keyless
 from proxy.errors import (
@@ -21,12 +22,12 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from proxy.pipeline import Attempt, Metered, Pipeline
+from proxy.pipeline import Attempt, Pipeline
 from proxy.providers.openai import Timeouts
 from proxy.routing import Route, Routing
-from proxy.tokens.count import Counter
 from proxy.transport.answer import NEVER, Answer, End, Outcome
 from proxy.types import Ask, Call, Event, Record, Target, Tenant, Usage
+from tests.budget.scene import RATES, Scene
 from tests.providers.upstream import HEADERS, MESSAGES, Upstream, body_of, call, chat, events, whole
 from tests.receiver import Receiver
 
@@ -44,7 +45,8 @@ def pipeline(upstream: Upstream, **more: Any) -> Pipeline:
     routing = Routing(ROUTES, providers)
     clock = asyncio.get_running_loop().time
     catalog = Catalog(routing, providers, uncached=[], clock=clock)
-    return Pipeline(Keyless(), routing, providers, catalog, Counter(), tenants_configured=False, clock=clock)
+    budget = Scene(rates={"up": RATES}).budget
+    return Pipeline(Keyless(), routing, providers, catalog, budget, tenants_configured=False, clock=clock)
 
 
 async def handled(one: Pipeline, sent: Call, client: Receiver) -> None:
@@ -231,8 +233,9 @@ async def test_a_cancelled_attempt_closes_what_it_opened(stream: bool) -> None:
     if stream:  # what was forwarded was paid for
         assert record.usage is not None
         assert (record.usage.output, record.usage.estimated) == (1, True)
-    else:
-        assert record.usage is None
+    else:  # the provider was at work on the prompt
+        assert record.usage is not None
+        assert (record.usage.output, record.usage.estimated) == (0, True)
     client.answer.close()
 
 
@@ -243,11 +246,20 @@ async def metered(
     *seen: Event, ask: Ask | None = None, status: int = 200, fault: BaseException | None = None
 ) -> Record:
     client = Receiver()
-    client.answer.record.upstream_status = status
+    hold = Scene(rates={"up": RATES}).budget.hold(
+        "default",
+        "",
+        want_of(ask or chat()),
+        [TARGET],
+        client.answer.record,
+        afterwards=client.answer.afterwards,
+    )
     try:
-        with Metered(Counter(), ask or chat(), TARGET, client.answer) as meter:
+        async with hold as charge:
+            await charge.cover(TARGET)
+            charge.answered(status)
             for event in seen:
-                meter.see(event)
+                charge.see(event)
             if fault is not None:
                 raise fault
     except BaseException as raised:
@@ -279,7 +291,7 @@ async def test_what_was_forwarded_is_counted_on_every_way_out(fault: BaseExcepti
 
 
 async def test_nothing_is_counted_where_nothing_was_served() -> None:
-    assert (await metered()).usage is None
+    assert (await metered(status=500)).usage is None
     assert (await metered(Event(b'{"error":{}}'), status=400)).usage is None
     passing = Ask("passthrough", "passthrough", call(b"", "/v1/files", method="GET"))
     assert (await metered(Event(b"bytes"), ask=passing)).usage is None

@@ -5,8 +5,9 @@ It is reached only with an admin key; the edge has checked that before this appl
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from proxy import __version__
-from proxy.errors import InternalError, MethodNotAllowed, NotFound, envelope
+from proxy.errors import InternalError, InvalidRequest, MethodNotAllowed, NotFound, ProxyError, envelope
 
 
 class Status(BaseModel):
@@ -29,8 +30,25 @@ class Status(BaseModel):
     """Requests being served now."""
 
 
-def create_admin(*, config_hash: str, effective: Callable[[], dict[str, Any]], in_flight: Callable[[], int]) -> FastAPI:
-    """`effective` gives the configuration in force, secrets masked."""
+_SPAN = re.compile(r"([1-9][0-9]{0,5})([mhd])")
+_UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+Rows = list[dict[str, Any]]
+
+
+def create_admin(
+    *,
+    config_hash: str,
+    effective: Callable[[], dict[str, Any]],
+    in_flight: Callable[[], int],
+    budgets: Callable[[str | None], Awaitable[Rows]],
+    usage: Callable[[int, list[str]], Awaitable[Rows]],
+    dimensions: Sequence[str],
+) -> FastAPI:
+    """`effective` gives the configuration in force, secrets masked.
+
+    `budgets`: the figures of all scopes, or of a tenant's. `usage`: what was used in the last milliseconds, by some of
+    `dimensions`."""
     app = FastAPI(
         title="Breakwater administration",
         version=__version__,
@@ -56,6 +74,48 @@ def create_admin(*, config_hash: str, effective: Callable[[], dict[str, Any]], i
         """The effective configuration: every key with its value and where that came from, secrets masked."""
         return effective()
 
+    _add_budgets(app, budgets, usage, dimensions)
+    _add_errors(app)
+    return app
+
+
+def _add_budgets(
+    app: FastAPI,
+    budgets: Callable[[str | None], Awaitable[Rows]],
+    usage: Callable[[int, list[str]], Awaitable[Rows]],
+    dimensions: Sequence[str],
+) -> None:
+    @app.get("/admin/budgets")
+    async def all_budgets() -> Rows:
+        """What every scope has spent and reserved of each window, and by how much it can be overshot."""
+        return await budgets(None)
+
+    @app.get("/admin/budgets/{tenant}")
+    async def budgets_of(tenant: str) -> Rows:
+        """The same of one tenant and its keys."""
+        found = await budgets(tenant)
+        if not found:
+            raise NotFound("No tenant of this name is configured, or has asked for anything yet.")
+        return found
+
+    @app.get("/admin/usage")
+    async def used(since: str = "24h", by: str = "tenant,model") -> dict[str, Any]:
+        """Requests, tokens and cost in whole hours since then (30m, 24h, 7d), by a list of dimensions."""
+        span = _SPAN.fullmatch(since)
+        names = by.split(",")
+        if span is None:
+            raise InvalidRequest("since is a span of time such as 30m, 24h or 7d.", param="since")
+        if len(set(names)) != len(names) or not set(names) <= set(dimensions):
+            raise InvalidRequest(f"by is a list of: {', '.join(dimensions)}.", param="by")
+        return {"since": since, "by": names, "rows": await usage(int(span[1]) * _UNIT_MS[span[2]], names)}
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ProxyError)
+    async def as_it_says(request: Request, error: ProxyError) -> Response:
+        headers = {name.decode(): value.decode() for name, value in error.headers}
+        return Response(envelope(error), error.status, headers, media_type="application/json")
+
     @app.exception_handler(HTTPException)
     async def in_our_envelope(request: Request, error: HTTPException) -> Response:
         known = (
@@ -69,5 +129,3 @@ def create_admin(*, config_hash: str, effective: Callable[[], dict[str, Any]], i
     async def fault_of_ours(request: Request, error: Exception) -> Response:
         fault = InternalError()
         return Response(envelope(fault), fault.status, media_type="application/json")
-
-    return app

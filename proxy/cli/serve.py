@@ -115,6 +115,7 @@ async def _serve(
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: no collection need look at it again
     try:
+        await running.start()
         await server.serve()
     finally:
         await running.aclose()

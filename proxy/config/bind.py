@@ -15,7 +15,7 @@ from typing import Final
 from proxy.config import scalars
 from proxy.config.interpolate import Uninterpolable, interpolate
 from proxy.config.problems import NOWHERE, Path, Place, Problem, did_you_mean, problem
-from proxy.config.shape import Leaf, LeafType, ListOf, MapOf, Record, Shape, Variants
+from proxy.config.shape import Leaf, LeafType, ListOf, MapOf, Record, Shape, Variants, WordOr
 from proxy.config.tree import Broken, Items, Node, Scalar, Table
 
 BAD: Final = object()
@@ -27,6 +27,7 @@ _EXPECTED: dict[LeafType, str] = {
     "secret": "a secret: text, ${VAR} in quotes, or {file: PATH}",
     "integer": "a whole number",
     "number": "a number",
+    "amount": "an amount in USD, such as 2.50",
     "boolean": "true or false",
     "path": "the path of a file",
 }
@@ -64,8 +65,12 @@ class Binding:
             return self._leaf(node, shape, path)
         if isinstance(shape, ListOf):
             return self._list(node, shape, path)
+        if isinstance(shape, WordOr):
+            return self._word_or(node, shape, path)
         if isinstance(node, Scalar) and node.style == "plain" and node.text in scalars.NULLS:
             node = Table({}, node.place)  # a section of which every line is commented out
+        if isinstance(node, Scalar) and _switches_off(node, shape):
+            return {"mode": "off"}
         if not isinstance(node, Table):
             return self._fault(node.place, path, f"expected a section with keys, got {_what(node)}")
         if isinstance(shape, Record):
@@ -85,6 +90,14 @@ class Binding:
                 message = f"unknown key: {did_you_mean(key, shape.fields)}"
                 self.problems.append(problem(table.keys.get(key, child.place), (*path, key), message))
         return values
+
+    def _word_or(self, node: Node, shape: WordOr, path: Path) -> object:
+        if not isinstance(node, Scalar):
+            return self.bind(node, shape.record, path)
+        word = self._leaf(node, Leaf("text", nullable=shape.nullable), path)
+        if word is None or word is BAD or word in shape.words:
+            return word
+        return self._fault(node.place, path, f"expected a section with keys, or {' or '.join(shape.words)}")
 
     def _variant(self, table: Table, shape: Variants, path: Path) -> object:
         at = (*path, shape.by)
@@ -167,6 +180,13 @@ class Binding:
     def _bad(self, path: Path) -> object:
         self.bad.add(path)
         return BAD
+
+
+def _switches_off(scalar: Scalar, shape: Shape) -> bool:
+    """`SECTION: false` of a section that has modes."""
+    mode = shape.fields.get("mode") if isinstance(shape, Record) else None
+    can = isinstance(mode, Leaf) and "off" in mode.choices
+    return can and scalar.style != "quoted" and scalars.resolve(scalar.text) is False
 
 
 def _typed(scalar: Scalar, shape: Leaf) -> object:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from proxy.config.problems import Path, Place, Problem, did_you_mean, problem
-from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants
+from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr
 from proxy.config.tree import Items, Node, Scalar, Table
 from proxy.config.yaml import read_flow
 
@@ -66,6 +66,9 @@ def _keys(
     if isinstance(shape, Record):
         for name, field in shape.fields.items():
             yield from _keys(field, inner.get(name), (*words, name), (*path, name))
+    elif isinstance(shape, WordOr):
+        inside = _keys(shape.record, node, words, path)
+        yield from (found for found in inside if found[1] != path)
     elif isinstance(shape, Variants):
         fields: dict[str, Shape] = {}
         for option in shape.options.values():
@@ -81,7 +84,7 @@ def _keys(
 
 def _node(text: str, shape: Shape, place: Place) -> Node | str:
     """The value as a tree, or what is wrong with it."""
-    if isinstance(shape, Leaf):
+    if isinstance(shape, Leaf | WordOr):
         return Scalar(text, "raw", place)
     if not isinstance(shape, ListOf):
         return "names a section, not a value: add two underscores and one of its keys"

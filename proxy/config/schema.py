@@ -27,6 +27,8 @@ _ANNOTATIONS = ("description", "default")
 def json_schema() -> Schema:
     """The schema, with every key's documentation in it."""
     written = _written(Settings.model_json_schema())
+    switched = {f"#/$defs/{name}" for name, one in written["$defs"].items() if "off" in _modes(one)}
+    _may_be_false(written, switched)
     return {"$schema": _DIALECT, "title": "Breakwater configuration", **written}
 
 
@@ -48,6 +50,19 @@ def _inner(key: str, value: Any) -> Any:
     if key in ("anyOf", "oneOf"):
         return [_written(child) for child in value]
     return value
+
+
+def _modes(node: Schema) -> list[str]:
+    found: list[str] = node.get("properties", {}).get("mode", {}).get("enum", [])
+    return found
+
+
+def _may_be_false(node: Any, switched: set[str]) -> None:
+    """`SECTION: false` stands for `mode: off`."""
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _may_be_false(inner, switched)
+    if isinstance(node, dict) and any(one.get("$ref") in switched for one in node.get("anyOf", [])):
+        node["anyOf"].append({"const": False})
 
 
 def _section(node: Schema) -> Schema:

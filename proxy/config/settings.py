@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
+from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LimitSettings, PriceSettings
 from proxy.config.problems import render
 from proxy.config.references import findings
 from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
@@ -33,6 +34,12 @@ class ModelSettings(Section):
     """Name or glob: an exact name wins, then the longest glob, then the order of the file."""
     targets: tuple[TargetText, ...]
     """One target, PROVIDER/MODEL; a * in it stands for what the glob matched."""
+    price: PriceSettings | Literal["none"] | None = None
+    """USD per million tokens, where the provider's own entry has none; none: it costs nothing; null: the price list."""
+    context_window: Count | None = None
+    """Tokens of input and output together, where the provider's own entry has none."""
+    max_output_tokens: Count | None = None
+    """The most that one reply can have, where the provider's own entry has none."""
 
     @field_validator("targets")
     @classmethod
@@ -64,6 +71,10 @@ class Settings(Section):
     """Model names that clients may ask for; by default every name goes to the first provider."""
     tenants: tuple[TenantSettings, ...] = ()
     """Who may use the proxy; with none, anyone on loopback may (keyless mode)."""
+    global_budget: LimitSettings = LimitSettings()
+    """What all tenants may spend together."""
+    budget: BudgetSettings = Field(default_factory=lambda: UNWRITTEN)
+    """What each tenant may spend. Written, it enforces; unwritten, it observes 40,000 tokens and 2 USD a minute."""
     observability: ObservabilitySettings = ObservabilitySettings()
     """Logs and metrics."""
 

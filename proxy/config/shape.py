@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,13 +15,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-LeafType = Literal["text", "secret", "integer", "number", "boolean", "path"]
+LeafType = Literal["text", "secret", "integer", "number", "amount", "boolean", "path"]
 
 _LEAVES: dict[object, LeafType] = {
     str: "text",
     SecretStr: "secret",
     int: "integer",
     float: "number",
+    Decimal: "amount",
     bool: "boolean",
     Path: "path",
 }
@@ -64,7 +66,16 @@ class Variants:
     options: dict[str, Record]
 
 
-Shape = Leaf | ListOf | MapOf | Record | Variants
+@dataclass(frozen=True, slots=True)
+class WordOr:
+    """A record, or one of a few words in its place."""
+
+    words: tuple[str, ...]
+    record: Record
+    nullable: bool
+
+
+Shape = Leaf | ListOf | MapOf | Record | Variants | WordOr
 
 
 @cache
@@ -105,6 +116,12 @@ def _union(arguments: tuple[Any, ...], discriminator: object) -> Shape:
             return Leaf(inner.type, nullable=True, choices=inner.choices)
         if isinstance(inner, ListOf):
             return ListOf(inner.item, nullable=True)
+        if isinstance(inner, Record):
+            return inner  # An empty section and none at all are the same where nothing was written.
+    words = [argument for argument in members if get_origin(argument) is Literal]
+    if len(members) == 2 and len(words) == 1:
+        (model,) = (argument for argument in members if argument not in words)
+        return WordOr(get_args(words[0]), record(model), nullable=len(members) < len(arguments))
     if isinstance(discriminator, str) and len(members) == len(arguments):
         options: dict[str, Record] = {}
         for member in members:

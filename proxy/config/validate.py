@@ -11,7 +11,7 @@ from proxy.config import messages
 from proxy.config.bind import BAD, Binding
 from proxy.config.problems import Path, Problem, problem, render
 from proxy.config.references import findings
-from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants
+from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr
 
 Pieces = dict[str, Any]
 """The sections as models. An invalid part is a model too, unvalidated, for what refers to it; None if unreadable."""
@@ -81,6 +81,8 @@ def _salvaged(value: Any, shape: Shape) -> Any:
     if isinstance(shape, Leaf):
         text = "" if value is BAD else value
         return SecretStr(text) if shape.type == "secret" and isinstance(text, str) else text
+    if isinstance(shape, WordOr):
+        return _salvaged(value, shape.record) if isinstance(value, dict) else None
     if isinstance(shape, ListOf):
         return () if value is BAD else value and tuple(_salvaged(item, shape.item) for item in value)
     if isinstance(shape, MapOf):

@@ -20,6 +20,7 @@ import orjson
 
 from proxy.edge.connection import Connection
 from proxy.errors import ProxyError, StreamInterrupted, UpstreamUnavailable, envelope, sse_event
+from proxy.money import usd_text
 from proxy.types import Event, Headers, Record
 
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
@@ -153,6 +154,8 @@ class Answer:
         facts["model"] = record.upstream_model
         if record.usage is not None:
             facts["usage_total"] = record.usage.total
+        if record.costs:
+            facts["cost_usd"] = "unknown" if record.nano_usd is None else usd_text(record.nano_usd)
         comment = b": breakwater " + orjson.dumps(facts) + b"\n\n"
         return event.data[: -event.terminator] + comment + event.data[-event.terminator :]
 
@@ -208,6 +211,9 @@ class Answer:
         self.status = status
         self._left = length
         own = self._own_headers()
+        if self.record.rate_limits:
+            names = {name for name, _ in headers}  # an error that speaks of limits itself knows better
+            own += [header for header in self.record.rate_limits if header[0] not in names]
         if length is not None:
             own.append((b"content-length", b"%d" % length))
         if length:
@@ -227,6 +233,11 @@ class Answer:
             own.append((b"x-breakwater-upstream-request-id", _header_text(record.upstream_request_id)))
         if record.usage is not None and not self._streaming:
             own.append((b"x-breakwater-usage-total", b"%d" % record.usage.total))
+        if record.costs and not self._streaming:
+            cost = b"unknown" if record.nano_usd is None else usd_text(record.nano_usd).encode()
+            own.append((b"x-breakwater-cost-usd", cost))
+        if record.degraded:
+            own.append((b"x-breakwater-degraded", b"store"))
         if record.warnings:
             own.append((b"x-breakwater-warnings", _header_text("; ".join(record.warnings))))
         return own

@@ -11,12 +11,15 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 from proxy.errors import InvalidKey, OriginNotAllowed
 from proxy.types import Call, Headers, Tenant
 
 _KEY_HEADERS = (b"authorization", b"api-key", b"x-api-key")
+KEY_DIGITS = 16
+"""Of a key's digest, as its name in the ledger."""
 DEFAULT = Tenant(name="default", passthrough=None)
 
 
@@ -40,7 +43,8 @@ class KeyedTenants:
     """Tenants with keys of their own: `by_key` maps a key's text to its tenant."""
 
     def __init__(self, by_key: Mapping[str, Tenant]) -> None:
-        self._by_digest = {hashlib.sha256(key.encode()).digest(): tenant for key, tenant in by_key.items()}
+        digests = ((hashlib.sha256(key.encode()), tenant) for key, tenant in by_key.items())
+        self._by_digest = {one.digest(): replace(tenant, key=one.hexdigest()[:KEY_DIGITS]) for one, tenant in digests}
 
     def identify(self, call: Call) -> Tenant:
         """The tenant whose key the call presents. Raises InvalidKey."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
+from proxy.budget.settings import BudgetSettings
 from proxy.settings import DAY_MS, HeaderSecret, Milliseconds, Section
 
 MIN_KEY_CHARS = 16
@@ -103,6 +104,8 @@ class TenantSettings(Section):
     """Names of the providers that may answer it; null allows all."""
     passthrough: tuple[PathGlob, ...] = ()
     """Globs of further paths, with /v1, that it may use; none by default."""
+    budget: BudgetSettings | None = None
+    """What it may spend: goes over the section `budget`, key by key; a null lifts a limit."""
 
     @field_validator("name")
     @classmethod

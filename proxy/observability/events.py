@@ -43,6 +43,8 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_token: float | None = None
     """Streams only: until the first forwarded event."""
     usage: Usage | None = None
+    nano_usd: int | None = None
+    """What `usage` costs, in nano-dollars; None: nobody knows."""
     bytes_in: int = 0
     bytes_out: int = 0
     attempts: int = 0
@@ -78,6 +80,59 @@ class ConnectionRefused(msgspec.Struct, frozen=True, kw_only=True):
 
     status: int
     code: str
+
+
+class BudgetRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """A window was full. `mode` is `enforce` for an answer of 429 and `observe` for what would have been one."""
+
+    event: ClassVar[str] = "budget.refused"
+
+    request_id: str = ""
+    trace_id: str = ""
+    tenant: str
+    scope: str
+    """provider, global, tenant or key."""
+    name: str
+    window: str
+    """The configuration key of the limit."""
+    mode: str
+    limit: int
+    used: int
+    reserved: int
+    """Requests, tokens or nano-dollars, as the window counts."""
+    retry_after_ms: int | None = None
+    """None: never, for the request is larger than the window."""
+
+
+class StoreDegraded(msgspec.Struct, frozen=True, kw_only=True):
+    """The store went away: until it is back, each tenant's `on_store_error` decides."""
+
+    event: ClassVar[str] = "store.degraded"
+
+    reason: str
+    processes: int
+    """By how many the limits are divided meanwhile."""
+
+
+class StoreRecovered(msgspec.Struct, frozen=True, kw_only=True):
+    """The store is back, and everything that waited for it is booked."""
+
+    event: ClassVar[str] = "store.recovered"
+
+    away: float
+    replayed: int
+    """Settlements that had waited."""
+    lost: int = 0
+    """Settlements that found no room to wait in, and were dropped."""
+
+
+class StoreReset(msgspec.Struct, frozen=True, kw_only=True):
+    """The store was empty, and begins again with what processes remembered. Roll-ups start anew."""
+
+    event: ClassVar[str] = "store.reset"
+
+    scopes: int
+    """Scopes that this process remembered something of."""
 
 
 class ServerStarted(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +178,10 @@ Notice = (
     | ServerDraining
     | ServerStopped
     | InternalFault
+    | BudgetRefused
+    | StoreDegraded
+    | StoreRecovered
+    | StoreReset
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

@@ -10,8 +10,12 @@ import time
 from collections.abc import Callable
 from typing import IO, Any, Final
 
+import msgspec
+
+from proxy.money import usd_text
 from proxy.observability import tracebacks
 from proxy.observability.events import (
+    BudgetRefused,
     ConnectionRefused,
     InternalFault,
     Notice,
@@ -20,6 +24,9 @@ from proxy.observability.events import (
     ServerDraining,
     ServerStarted,
     ServerStopped,
+    StoreDegraded,
+    StoreRecovered,
+    StoreReset,
 )
 from proxy.observability.lines import LEVELS, MAX_LINE, Lines, printable
 from proxy.observability.scrub import Scrubber
@@ -108,6 +115,7 @@ def _add_upstream(fields: dict[str, Any], event: RequestFinished) -> None:
         if usage.reasoning:
             fields["reasoning_tokens"] = usage.reasoning
         fields["usage_estimated"] = usage.estimated
+        fields["cost_usd"] = None if event.nano_usd is None else usd_text(event.nano_usd)
 
 
 def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
@@ -121,10 +129,13 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
         fields["warnings"] = event.warnings
 
 
+_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset)
+
+
 def _level(event: Notice) -> str:
     if isinstance(event, InternalFault):
         return "error"
-    return "warning" if isinstance(event, RequestRefused | ConnectionRefused) else "info"
+    return "warning" if isinstance(event, _WARNINGS) else "info"
 
 
 def _fields(event: Notice) -> dict[str, Any]:
@@ -154,6 +165,8 @@ def _fields(event: Notice) -> dict[str, Any]:
         case InternalFault():
             ids = {"request_id": event.request_id, "trace_id": event.trace_id} if event.request_id else {}
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
+        case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset():
+            return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
 
@@ -189,6 +202,15 @@ class FriendlyLog:
                 self._print(_RED, "error", text, tracebacks.render(event.exc).splitlines())
             case ServerDraining():
                 self._print(_GREY, "drain", f"finishing {event.in_flight} requests")
+            case BudgetRefused():
+                would = "" if event.mode == "enforce" else "would be "
+                self._print(_YELLOW, "budget", f"{would}refused: {event.window} of {event.scope} {event.name} is full")
+            case StoreDegraded():
+                self._print(_RED, "store", f"away ({event.reason}): limits are divided by {event.processes}")
+            case StoreRecovered():
+                self._print(_GREEN, "store", f"back after {event.away:.1f} s, {event.replayed} settlements caught up")
+            case StoreReset():
+                self._print(_YELLOW, "store", f"began again, with what is remembered of {event.scopes} scopes")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -19,8 +19,9 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from proxy.observability.events import ConnectionRefused, Notice, RequestFinished, RequestRefused
-from proxy.observability.series import CONTENT_TYPE, Counter, Histogram, Reading, Snapshot
+from proxy.money import NANO
+from proxy.observability.events import BudgetRefused, ConnectionRefused, Notice, RequestFinished, RequestRefused
+from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
 from proxy.types import OTHER, Usage
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -28,16 +29,30 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 _REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _OVERHEAD_SECONDS: Final = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _FIRST_TOKEN_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+_RATIOS: Final = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 _PLACE: Final = ("route", "model", "provider")
 _KINDS: Final = ("input", "output", "cache_read", "cache_write", "reasoning")
 
+Gauged = tuple[Mapping[tuple[str, ...], float], Mapping[tuple[str, ...], float]]
+"""Of budgets: the used part by (tenant, window), what is reserved by (tenant, unit)."""
 _Key = tuple[str, str, str, str, int]
 
 
 class _Bound:
     """Every series that one kind of request touches, looked up once."""
 
-    __slots__ = ("cut", "duration", "first_token", "left", "overhead", "requests", "tokens", "upstream")
+    __slots__ = (
+        "cost",
+        "cut",
+        "duration",
+        "first_token",
+        "left",
+        "overhead",
+        "requests",
+        "tokens",
+        "unpriced",
+        "upstream",
+    )
 
     def __init__(self, families: _Families, key: _Key) -> None:
         route, model, tenant, provider, status = key
@@ -50,6 +65,8 @@ class _Bound:
         # At 0 from the first request on: a rate over a counter that is born as 1 misses that 1.
         self.cut = families.interruptions.child(*place)
         self.left = families.disconnects.child(*place)
+        self.cost = families.cost.child(model, tenant, provider)
+        self.unpriced = families.unpriced.child(model, tenant, provider)
         self.tokens = tuple([families.tokens.child(model, tenant, kind) for kind in _KINDS])
 
     def count_tokens(self, usage: Usage) -> None:
@@ -86,6 +103,23 @@ class _Families:
         self.connections_refused = Counter(
             f"{p}connections_refused_total", "Refused by the HTTP guard before there was a request.", ("code",)
         )
+        self.cost = Counter(
+            f"{p}cost_usd_total",
+            "Dollars that replies cost.",
+            ("model", "tenant", "provider"),
+            NANO,
+        )
+        self.unpriced = Counter(
+            f"{p}cost_unknown_total", "Requests whose cost nobody knows.", ("model", "tenant", "provider")
+        )
+        self.refusals = Counter(
+            f"{p}budget_refusals_total",
+            "Full windows of budgets; in mode observe, of requests that were served all the same.",
+            ("tenant", "window", "mode"),
+        )
+        self.estimates = Histogram(
+            f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
+        )
         self.duration = Histogram(
             f"{p}request_duration_seconds", "From request to end of answer.", _PLACE, _REQUEST_SECONDS
         )
@@ -98,10 +132,11 @@ class _Families:
         )
 
     def counters(self) -> list[Counter]:
-        return [self.requests, self.tokens, self.interruptions, self.disconnects, self.connections_refused]
+        requests = [self.requests, self.tokens, self.interruptions, self.disconnects, self.connections_refused]
+        return [*requests, self.cost, self.unpriced, self.refusals]
 
     def histograms(self) -> list[Histogram]:
-        return [self.duration, self.overhead, self.upstream, self.first_token]
+        return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates]
 
     def size(self) -> int:
         return sum(map(len, self.counters())) + sum(map(len, self.histograms()))
@@ -121,6 +156,8 @@ class Metrics:
         config_hash: str,
         in_flight: Callable[[], int],
         lines_dropped: Callable[[], int],
+        degraded: Callable[[], bool] = lambda: False,
+        budgets: Callable[[], Awaitable[Gauged]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         max_series: int = 20_000,
         cache_seconds: float = 1.0,
@@ -134,9 +171,13 @@ class Metrics:
             Reading(
                 "breakwater_log_lines_dropped_total", "Log lines lost: the sink was too slow.", "counter", lines_dropped
             ),
+            Reading("breakwater_degraded", "1 while the store of budgets is away.", "gauge", lambda: int(degraded())),
             Reading("breakwater_config_info", "The configuration in force.", "gauge", _one, hash=config_hash),
             Reading("breakwater_build_info", "The running version.", "gauge", _one, version=version),
         ]
+        self._budgets = budgets
+        self._used = Gauge("breakwater_budget_used_ratio", "Part of a limit that is spent.", ("tenant", "window"))
+        self._reserved = Gauge("breakwater_budget_reserved", "Reserved by requests in progress.", ("tenant", "unit"))
         self._process = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._process)
@@ -144,6 +185,7 @@ class Metrics:
             RequestFinished: self._finished,
             RequestRefused: self._refused,
             ConnectionRefused: self._connection_refused,
+            BudgetRefused: self._budget_refused,
         }
         self._clock = clock
         self._cache_seconds = cache_seconds
@@ -171,6 +213,10 @@ class Metrics:
             bound.first_token.observe(event.time_to_first_token)
         if event.usage is not None:
             bound.count_tokens(event.usage)
+            if event.nano_usd is None:
+                bound.unpriced.value += 1
+            else:
+                bound.cost.value += event.nano_usd
         if event.disconnected:
             bound.left.value += 1
         if event.interrupted:
@@ -184,6 +230,14 @@ class Metrics:
 
     def _connection_refused(self, event: ConnectionRefused) -> None:
         self._families.connections_refused.child(event.code).value += 1
+
+    def _budget_refused(self, event: BudgetRefused) -> None:
+        self._families.refusals.child(event.tenant, event.window, event.mode).value += 1
+
+    def estimated(self, taken: int, reserved: int) -> None:
+        """A settled request: the tokens that it took and those that were reserved for it."""
+        if reserved:
+            self._families.estimates.child().observe(taken / reserved)
 
     def _bind(self, key: _Key) -> _Bound:
         """A new kind of request. At the cap it shares the series of `other` and is not remembered."""
@@ -207,7 +261,12 @@ class Metrics:
 
     async def _refresh(self) -> bytes:
         taken_at = self._clock()
-        snapshot = Snapshot([*self._families.counters(), *self._readings], self._families.histograms())
+        if self._budgets is not None:
+            used, reserved = await self._budgets()
+            self._used.replace(used)
+            self._reserved.replace(reserved)
+        gauges = [self._used, self._reserved]
+        snapshot = Snapshot([*self._families.counters(), *self._readings, *gauges], self._families.histograms())
         loop = asyncio.get_running_loop()
         self._page = await loop.run_in_executor(self._executor, self._write, snapshot)
         self._page_at = taken_at

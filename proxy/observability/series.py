@@ -9,7 +9,7 @@ a cell belongs to one thread (the event loop's), its label strings are built onc
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Final
 
@@ -44,11 +44,15 @@ class Distribution:
 
 
 class Counter:
-    """A family of counts under one name. `labels` are names; a child's values come in the same order."""
+    """A family of counts under one name. `labels` are names; a child's values come in the same order.
 
-    __slots__ = ("_children", "_labels", "_name", "header")
+    `divisor`: what is counted in a smaller unit than it is shown in, such as money in integers.
+    """
 
-    def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
+    __slots__ = ("_children", "_divisor", "_labels", "_name", "header")
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], divisor: int = 1) -> None:
+        self._divisor = divisor
         self.header = _header(name, text, "counter")
         self._name = name
         self._labels = labels
@@ -64,6 +68,8 @@ class Counter:
         return len(self._children)
 
     def copy(self) -> list[tuple[str, float]]:
+        if self._divisor != 1:
+            return [(cell.prefix, cell.value / self._divisor) for cell in self._children.values()]
         return [(cell.prefix, cell.value) for cell in self._children.values()]
 
 
@@ -113,12 +119,30 @@ class Reading:
         return [(self._prefix, self._read())]
 
 
+class Gauge:
+    """A family of values that somebody else owns, and hands over as a whole before each scrape."""
+
+    __slots__ = ("_labels", "_name", "_rows", "header")
+
+    def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
+        self.header = _header(name, text, "gauge")
+        self._name = name
+        self._labels = labels
+        self._rows: list[tuple[str, float]] = []
+
+    def replace(self, values: Mapping[tuple[str, ...], float]) -> None:
+        self._rows = [(_series(self._name, self._labels, key), value) for key, value in values.items()]
+
+    def copy(self) -> list[tuple[str, float]]:
+        return self._rows
+
+
 class Snapshot:
     """The numbers of one moment. `render` may run in any thread."""
 
     __slots__ = ("_plain", "_shaped")
 
-    def __init__(self, plain: Sequence[Counter | Reading], shaped: Sequence[Histogram]) -> None:
+    def __init__(self, plain: Sequence[Counter | Reading | Gauge], shaped: Sequence[Histogram]) -> None:
         self._plain = [(family.header, family.copy()) for family in plain]
         self._shaped = [(family.header, family.copy()) for family in shaped]
 

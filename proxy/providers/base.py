@@ -14,9 +14,10 @@ from proxy.types import Ask, Reply
 class Provider(Protocol):
     name: str
 
-    async def open(self, ask: Ask, model: str) -> Reply:
+    async def open(self, ask: Ask, model: str, *, output_cap: int | None = None) -> Reply:
         """Sends `ask` for the vendor's `model` and waits for the head and, of a stream, the first event.
 
+        `output_cap`: output tokens for one choice that the vendor is told, where the client set no maximum.
         Raises UpstreamError and its kin; a reply with a 4xx that is the client's own fault is returned, not raised.
         """
 

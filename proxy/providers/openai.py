@@ -49,6 +49,12 @@ _ERROR_SECONDS: Final = 1.0
 _REMEMBERED: Final = 1024
 _USAGE_OPTION: Final = ("chat", "completions")
 """The dialects that know `stream_options.include_usage`."""
+_MAXIMUM: Final = {
+    "chat": "max_completion_tokens",
+    "completions": "max_tokens",
+    "responses": "max_output_tokens",
+}
+"""What each dialect calls the most that a reply may have."""
 _AGENT: Final = (b"user-agent", b"breakwater/" + __version__.encode())
 _IDENTITY: Final = (b"accept-encoding", b"identity")
 _JSON: Final = (b"content-type", b"application/json")
@@ -101,23 +107,23 @@ class OpenAIProvider:
     async def aclose(self) -> None:
         await self._transport.aclose()
 
-    async def open(self, ask: Ask, model: str) -> Reply:
+    async def open(self, ask: Ask, model: str, *, output_cap: int | None = None) -> Reply:
         """See `Provider.open`."""
         deadline = self._now() + (self.timeouts.first_event if ask.stream else self.timeouts.total)
         if not ask.stream or ask.wants_usage or ask.dialect not in _USAGE_OPTION or model in self._refuses_usage:
-            return await self._try(ask, model, deadline, asked_usage=False)
-        reply = await self._try(ask, model, deadline, asked_usage=True)
+            return await self._try(ask, model, deadline, output_cap, asked_usage=False)
+        reply = await self._try(ask, model, deadline, output_cap, asked_usage=True)
         if not _names_usage_option(reply):
             return reply
-        reply = await self._try(ask, model, deadline, asked_usage=False)
+        reply = await self._try(ask, model, deadline, output_cap, asked_usage=False)
         if reply.status < 400:  # else it was not our option: a client's own odd member can be named like it
             if len(self._refuses_usage) >= _REMEMBERED:
                 self._refuses_usage.clear()
             self._refuses_usage.add(model)
         return reply
 
-    async def _try(self, ask: Ask, model: str, deadline: float, *, asked_usage: bool) -> Reply:
-        response = await self._transport.send(self._request(ask, model, asked_usage), deadline)
+    async def _try(self, ask: Ask, model: str, deadline: float, output_cap: int | None, *, asked_usage: bool) -> Reply:
+        response = await self._transport.send(self._request(ask, model, asked_usage, output_cap), deadline)
         try:
             reply = await self._reply(ask, response, deadline, asked_usage)
         except BaseException:
@@ -129,7 +135,7 @@ class OpenAIProvider:
 
     # --- up ---------------------------------------------------------------------------------------------------------
 
-    def _request(self, ask: Ask, model: str, asked_usage: bool) -> Request:
+    def _request(self, ask: Ask, model: str, asked_usage: bool, output_cap: int | None) -> Request:
         call = ask.call
         passthrough = ask.dialect == "passthrough"
         headers = to_provider(call.headers, passthrough=passthrough, own_key=self._callers_key)
@@ -144,8 +150,9 @@ class OpenAIProvider:
             headers.append(_ACCEPT_JSON)
         else:
             body, path, method = call.body, call.path[3:].encode(), b"POST"
-            if model != ask.model or asked_usage:
-                body = edited(ask.fields, model=model, with_usage=asked_usage)
+            if model != ask.model or asked_usage or output_cap is not None:
+                cap = None if output_cap is None else (_MAXIMUM[ask.dialect], output_cap)
+                body = edited(ask.fields, model=model, with_usage=asked_usage, cap=cap)
             headers.append(_JSON)
             headers.append(_ACCEPT_STREAM if ask.stream else _ACCEPT_JSON)
         target = self._prefix + path

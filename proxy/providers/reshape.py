@@ -48,12 +48,18 @@ def lenient(decode: Callable[[bytes], _T], data: bytes) -> _T:
         return decode(_SURROGATE.sub(rb"\\ufffd", data))
 
 
-def edited(fields: Mapping[str, msgspec.Raw], *, model: str, with_usage: bool) -> bytes:
-    """The client's body with another `model`, and with usage asked for. Every other member stays byte for byte."""
+def edited(
+    fields: Mapping[str, msgspec.Raw], *, model: str, with_usage: bool, cap: tuple[str, int] | None = None
+) -> bytes:
+    """The client's body with another `model`, with usage asked for, and with a maximum of output (member, tokens).
+
+    Every other member stays byte for byte."""
     changed = dict(fields)
     changed["model"] = msgspec.Raw(_encode(model))
     if with_usage:
         changed["stream_options"] = _with_usage(fields.get("stream_options"))
+    if cap is not None:
+        changed[cap[0]] = msgspec.Raw(b"%d" % cap[1])
     return _encode(changed)
 
 

@@ -10,12 +10,24 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
+from proxy.budget.settings import LimitSettings, ModelFactsSettings
 from proxy.settings import HeaderSecret, HeaderText, Milliseconds, Section
 
 CLIENT: Final = "client"
 """The word that stands for the caller's own key where a key is expected."""
 
 _Setting = TypeVar("_Setting")
+
+Vendor = Literal[
+    "none", "anthropic", "arcee", "avian", "aws", "azure", "baseten", "cerebras", "cloudflare", "cohere", "cursor",
+    "databricks", "deepseek", "doubleword", "elevenlabs", "fireworks", "github-copilot", "google", "groq",
+    "huggingface_cerebras", "huggingface_fireworks-ai", "huggingface_groq", "huggingface_hyperbolic",
+    "huggingface_nebius", "huggingface_novita", "huggingface_nscale", "huggingface_ovhcloud", "huggingface_publicai",
+    "huggingface_sambanova", "huggingface_together", "meta", "minimax", "mistral", "modal", "moonshotai", "novita",
+    "openai", "openai-decisions", "openrouter", "ovhcloud", "perplexity", "quicksilverpro", "together", "typesafe",
+    "voyageai", "x-ai", "zai", "zhipuai",
+]  # fmt: skip
+"""Whose list prices are known. The library of prices is not loaded to read a configuration."""
 
 _VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f]+")
 
@@ -60,6 +72,12 @@ class OpenAISettings(Section):
     """URL of an HTTP proxy on the way out; a secret, for it may hold a password; needs transport: httpx."""
     ca_file: Path | None = None
     """PEM file of certificate authorities to trust instead of the system's."""
+    vendor: Vendor | None = None
+    """Whose list prices it charges; null: as base_url says; none: nobody's."""
+    limits: LimitSettings = LimitSettings()
+    """What the provider's account may serve, for all tenants together."""
+    models: dict[str, ModelFactsSettings] = Field(default_factory=dict)
+    """Prices and sizes of its models, by name or glob; each goes over the price list."""
 
     @property
     def passes_client_key(self) -> bool:
@@ -141,6 +159,10 @@ class MockSettings(Section):
     """YAML file of scripted replies, faults included."""
     timeouts: Timeouts = Timeouts()
     """Time limits of one attempt."""
+    limits: LimitSettings = LimitSettings()
+    """What the mock may serve, for all tenants together."""
+    models: dict[str, ModelFactsSettings] = Field(default_factory=dict)
+    """Prices and sizes of its models, by name or glob; without a price they cost nothing."""
 
 
 ProviderSettings = Annotated[OpenAISettings | MockSettings, Field(discriminator="kind")]

@@ -49,7 +49,7 @@ async def test_the_configuration_in_force_without_its_secrets() -> None:
 async def test_its_description_names_every_route() -> None:
     async with stack(CONFIG) as running, client(running) as admin:
         paths = (await admin.get("/admin/openapi.json")).json()["paths"]
-        assert set(paths) == {"/admin/status", "/admin/config"}
+        assert set(paths) == {f"/admin/{name}" for name in ("status", "config", "budgets", "budgets/{tenant}", "usage")}
         assert all(route["get"]["summary"] for route in paths.values())
         assert all(route["get"]["description"] for route in paths.values())
 
@@ -75,7 +75,10 @@ async def test_a_fault_of_ours_has_it_too() -> None:
     def fails() -> int:
         raise RuntimeError("a text that nobody should see")
 
-    app = create_admin(config_hash="h", effective=dict, in_flight=fails)
+    async def none(*_: Any) -> list[dict[str, Any]]:
+        return []
+
+    app = create_admin(config_hash="h", effective=dict, in_flight=fails, budgets=none, usage=none, dimensions=())
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as admin:
         answer = await admin.get("/admin/status")

@@ -120,7 +120,9 @@ def test_config_show_masks_secrets_and_names_origins(good: Path) -> None:
     document = json.loads(as_json.stdout)
     assert document["values"]["listen"]["port"] == 9000
     assert document["values"]["providers"]["a"]["api_key"] == "***"
-    assert document["values"]["models"] == [{"name": "*", "targets": ["a/*"]}]
+    assert document["values"]["models"] == [
+        {"name": "*", "targets": ["a/*"], "price": None, "context_window": None, "max_output_tokens": None}
+    ]
     assert document["origins"]["providers.a.api_key"] == f"{good}:2"
     assert len(document["hash"]) == 16
     assert SECRET not in done.stdout + done.stderr + as_json.stdout + as_json.stderr

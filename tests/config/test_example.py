@@ -15,7 +15,7 @@ import trustme
 from proxy.config.interpolate import interpolate
 from proxy.config.loader import Loaded, load
 from proxy.config.settings import Settings
-from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, record
+from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr, record
 from proxy.config.tree import Items, Node, Scalar, Table
 from proxy.config.yaml import read
 from proxy.edge.settings import ListenSettings
@@ -89,7 +89,8 @@ def test_what_is_not_commented_is_the_default() -> None:
 
 def test_there_are_alternatives() -> None:
     keys = {LINES[first].strip().lstrip("#").split(":")[0] for first, _ in ALTERNATIVES}
-    assert keys == {"admin", "tenants", "api_key", "api_keys", "organization", "project", "outside", "mock"}
+    one = {"api_key", "api_keys", "organization", "project", "outside", "mock", "models", "- name"}
+    assert keys == {"admin", "tenants", "budget"} | one
 
 
 @pytest.mark.parametrize(("first", "last"), ALTERNATIVES, ids=lambda line: f"line-{line + 1}")
@@ -127,6 +128,8 @@ def expected(shape: Shape, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
             yield from expected(field, (*path, name))
     elif isinstance(shape, MapOf | ListOf):
         yield from expected(shape.item, (*path, "*"))
+    elif isinstance(shape, WordOr):
+        yield from expected(shape.record, path)
     elif isinstance(shape, Variants):
         for kind, option in shape.options.items():
             yield from expected(option, (*path[:-1], kind))
@@ -139,6 +142,8 @@ def keys_of(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def found(node: Node, shape: Shape, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(shape, WordOr):
+        shape = shape.record
     if isinstance(shape, Variants):
         assert isinstance(node, Table)
         kind = node.nodes[shape.by]

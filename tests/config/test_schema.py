@@ -10,7 +10,7 @@ import pytest
 
 from proxy.config.schema import json_schema
 from proxy.config.settings import Settings
-from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, record
+from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr, record
 from proxy.settings import Section
 
 SCHEMA = json_schema()
@@ -58,6 +58,8 @@ def test_every_secret_may_come_from_a_file() -> None:
             return shape.type == "secret"
         if isinstance(shape, ListOf | MapOf):
             return secrets(shape.item)
+        if isinstance(shape, WordOr):
+            return secrets(shape.record)
         inner = shape.options if isinstance(shape, Variants) else shape.fields
         return sum(secrets(item) for item in inner.values())
 

@@ -25,14 +25,15 @@ from proxy.types import Ask, Reply
 _open = OpenAIProvider.open
 
 
-async def _faulty(self: OpenAIProvider, ask: Ask, model: str) -> Reply:
+async def _faulty(self: OpenAIProvider, ask: Ask, model: str, *, output_cap: int | None = None) -> Reply:
     seen = f"{self._fixed!r} {ask.call.headers!r} {ask.call.query!r} {ask.call.raw_path!r} {ask.call.body!r}"
     if model == "fault":
         try:
             raise KeyError(seen)
         except KeyError as error:
             raise RuntimeError(seen) from error
-    reply = await _open(self, ask, {"fault-late": "stall", "fault-task": "ok", "fault-log": "ok"}.get(model, model))
+    plain = {"fault-late": "stall", "fault-task": "ok", "fault-log": "ok"}.get(model, model)
+    reply = await _open(self, ask, plain, output_cap=output_cap)
     if model == "fault-late":
         reply.__class__ = type("Late", (type(reply),), {"__slots__": (), "__anext__": _fail_second(seen)})
     if model == "fault-task":

@@ -177,6 +177,7 @@ async def stack(config: Config, *, silence: float | None = None) -> AsyncIterato
         on_refused=refused_into(bus),
         own_signals=False,
     )
+    await running.start()
     task = asyncio.create_task(server.serve())
     try:
         running.side.readiness = "ok"

@@ -191,7 +191,9 @@ async def test_before(what: str, how: str) -> None:
         (event,) = await on_stage.over()
         is_hangup(event, stream=stream)
         assert isinstance(event, RequestFinished)
-        assert (event.bytes_out, event.usage) == (0, None)  # nothing was forwarded: there is nothing to count
+        assert event.bytes_out == 0
+        assert event.usage is not None  # the provider was at work on the prompt
+        assert (event.usage.input > 0, event.usage.output, event.usage.estimated) == (True, 0, True)
         await served_after(on_stage)
 
 
@@ -470,7 +472,9 @@ async def test_the_provider_dies_before(what: str, how: str) -> None:
         (event,) = await on_stage.over()
         assert isinstance(event, RequestFinished)
         assert (event.status, event.error_code, event.attempts, event.stream) == (*expected, 1, stream)
-        assert (event.disconnected, event.interrupted, event.usage) == (False, False, None)
+        assert (event.disconnected, event.interrupted) == (False, False)
+        # After a timeout the provider may have made all that was expected of it.
+        assert event.usage is None or (event.error_code == "upstream_timeout" and event.usage.estimated)
         await served_after(on_stage)
 
 

@@ -205,7 +205,11 @@ def test_the_headers_of_a_plain_answer(client: httpx2.Client, upstream: Upstream
     upstream.answer = http(REPLY, *PROVIDERS_HEADERS)
     answer = client.post("/v1/chat/completions", json=CHAT)
     headers = answer.headers
-    assert set(headers) == ALWAYS | THEIR_LIMITS | {"content-length", "x-breakwater-usage-total"}
+    assert set(headers) == ALWAYS | THEIR_LIMITS | {
+        "content-length",
+        "x-breakwater-usage-total",
+        "x-breakwater-cost-usd",
+    }
     assert len(headers.multi_items()) == len(set(headers))
     assert headers["x-breakwater-provider"] == "up"
     assert headers["x-breakwater-model"] == "any"
@@ -509,7 +513,7 @@ def trailer_of(body: bytes) -> tuple[list[bytes], dict[str, Any], list[bytes]]:
 
 def test_the_trailer_comes_before_the_terminator(client: httpx2.Client, upstream: Upstream) -> None:
     asked = {"x-breakwater-trailer": "1", "x-request-id": "mine"}
-    facts = {"request_id": "mine", "provider": "up", "model": "any", "usage_total": 5}
+    facts = {"request_id": "mine", "provider": "up", "model": "any", "usage_total": 5, "cost_usd": "unknown"}
     chat = {**CHAT, "stream": True}
     upstream.answer = sse(DELTA, USAGE_CHUNK, b"[DONE]")
     before, said, after = trailer_of(client.post("/v1/chat/completions", json=chat, headers=asked).content)

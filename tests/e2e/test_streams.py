@@ -586,6 +586,7 @@ async def test_the_trailer_stands_before_the_terminator_for_who_asked(path: str,
             "provider": "up",
             "model": "any",
             "usage_total": 11,
+            "cost_usd": "unknown",
         }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+
 import pytest
 
 from proxy.edge.auth import AdminKeys, KeyedTenants, Keyless, is_loopback_host
@@ -29,7 +32,8 @@ def call(*headers: tuple[bytes, bytes]) -> Call:
     ],
 )
 def test_a_key_names_its_tenant(headers: Headers) -> None:
-    assert KeyedTenants({KEY: ACME}).identify(call(*headers)) is ACME
+    digits = hashlib.sha256(KEY.encode()).hexdigest()[:16]
+    assert KeyedTenants({KEY: ACME}).identify(call(*headers)) == replace(ACME, key=digits)
 
 
 @pytest.mark.parametrize(

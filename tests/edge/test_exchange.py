@@ -48,7 +48,7 @@ def counting_held_up(there: Scene) -> Iterator[threading.Event]:
     release = threading.Event()
     with ThreadPoolExecutor(1) as executor:
         executor.submit(release.wait, 60)
-        there.stack.running.gateway.service.pipeline.counter = Counter(executor=executor)
+        there.stack.running.gateway.service.pipeline.budget.counter = Counter(executor=executor)
         try:
             yield release
         finally:
@@ -107,7 +107,7 @@ class Damaged(Counter):
 
 async def test_what_goes_wrong_in_the_books_is_logged_and_harms_no_answer() -> None:
     async with scene(ends) as there:
-        there.stack.running.gateway.service.pipeline.counter = Damaged()
+        there.stack.running.gateway.service.pipeline.budget.counter = Damaged()
         client = await there.client()
         client.ask(stream=True)
         assert (await client.head())[0] == 200
@@ -143,7 +143,9 @@ async def test_a_process_that_ends_before_the_books_are_done_says_so_to_nobody(
             client.ask(stream=True, messages=LONG)
             await client.head()
             assert (await client.rest()).endswith(b"data: [DONE]\n\n")
-            there.stack.running.gateway.service.pipeline.counter._executor.shutdown(wait=False, cancel_futures=True)  # type: ignore[union-attr]
+            there.stack.running.gateway.service.pipeline.budget.counter._executor.shutdown(
+                wait=False, cancel_futures=True
+            )  # type: ignore[union-attr]
             (outcome,) = await there.over()
             assert isinstance(outcome, RequestFinished)
             assert (outcome.status, outcome.usage) == (200, None)

@@ -141,6 +141,7 @@ def test_the_line_of_a_finished_request(sink: Sink) -> None:
             "cached_tokens": 1000,
             "reasoning_tokens": 12,
             "usage_estimated": False,
+            "cost_usd": None,
             "bytes_in": 1532,
             "bytes_out": 20231,
             "attempts": 1,

@@ -1,0 +1,390 @@
+"""Budgets, as the pipeline meets them: `async with budget.hold(…) as charge`. The shell that asks the store.
+
+What it decides by stands elsewhere: `policy` (who is held to what), `plan` (how much to ask for), `answers` (what to
+say), `watch` (what to go by while the store is away).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from proxy.budget import answers
+from proxy.budget.access import LEASE_MS, Access
+from proxy.budget.amounts import MAX_AMOUNT, Amounts, Row
+from proxy.budget.charge import BYTES_PER_TOKEN, Charge, Job, Later
+from proxy.budget.estimate import Exposure
+from proxy.budget.held import Held
+from proxy.budget.local import Slices
+from proxy.budget.plan import Plan, Planner, Want, exceeds
+from proxy.budget.policy import Policies, Policy, reach_of
+from proxy.budget.pricing import cost, unknown_refused
+from proxy.budget.report import ScopeReport, report
+from proxy.budget.waiting import Waiting
+from proxy.errors import ProxyError
+from proxy.observability.events import BudgetRefused, Notice
+from proxy.store.base import (
+    BudgetStore,
+    Ended,
+    Granted,
+    Refused,
+    Reservation,
+    Scope,
+    StoreUnavailable,
+)
+from proxy.tokens.count import Counter
+from proxy.tokens.encodings import encoding_of
+from proxy.tokens.media import media_of
+from proxy.tokens.prompts import size_of
+from proxy.types import Headers, Record, Target, Usage
+
+FRAME_TOKENS = 64
+"""What a provider may add around the texts of a prompt, beyond what their JSON takes in bytes."""
+
+
+class Budget:
+    """`clock` is the event loop's, in seconds; `wall_ms` milliseconds since 1970. `local` makes an empty memory store.
+
+    `observe` is told, for each request that was settled, the tokens it took and the tokens that were reserved.
+    """
+
+    def __init__(
+        self,
+        access: Access,
+        planner: Planner,
+        policies: Policies,
+        counter: Counter,
+        *,
+        local: Callable[[], BudgetStore],
+        clock: Callable[[], float],
+        emit: Callable[[Notice], None],
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        observe: Callable[[int, int], None] = lambda taken, reserved: None,
+        waiting: Waiting | None = None,
+        prompt: bool = False,
+    ) -> None:
+        """`prompt`: the store never waits, so a settlement needs no task of its own to be safe."""
+        self.access = access
+        self.policies = policies
+        self.counter = counter
+        self.wall_ms = wall_ms
+        self.exposures: defaultdict[str, Exposure] = defaultdict(Exposure)
+        """By place of a scope: what is at risk in this process."""
+        self.waiting = waiting or Waiting()
+        self._planner = planner
+        self._slices = Slices(local, access.watch, wall_ms)
+        self._clock = clock
+        self._emit = emit
+        self.observe = observe
+        self.prompt = prompt
+        self._later: set[Job] = set()
+        """Settlements that whoever answers has promised to run."""
+        self._finishing: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self.access.start()
+
+    async def aclose(self, grace_seconds: float = 2.0) -> None:
+        """Waits for settlements that are under way, then gives the store one last chance for those that wait for it."""
+        for job in list(self._later):
+            await job()  # Its task was cancelled by the end of the process, between the answer and the books.
+        if self._finishing:
+            await asyncio.wait(self._finishing, timeout=grace_seconds)
+        await self.access.aclose()
+
+    # -- for the pipeline --------------------------------------------------------------------------------------------
+
+    def hold(
+        self,
+        tenant: str,
+        key: str,
+        want: Want,
+        targets: Sequence[Target],
+        record: Record,
+        request_id: str = "",
+        *,
+        afterwards: Later | None = None,
+    ) -> Charge:
+        """An async context manager. Entering it raises BudgetExceeded, RequestExceedsBudget, ModelPriceUnknown and
+        StoreUnavailable; `targets` are in the order in which they are tried, and there is at least one.
+
+        `afterwards`: takes the settlement, to be run once the client has its last byte; without it, leaving waits."""
+        policy = self.policies.of(tenant, key)
+        return Charge(self, want, policy, record, targets, request_id, key=key, afterwards=afterwards)
+
+    def rate_limits(self, policy: Policy) -> Headers:
+        """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
+        return answers.rate_limit_headers(self._rows(policy)) if policy.enforces else []
+
+    async def report(self) -> list[ScopeReport]:
+        """Every scope that the configuration names or that was seen. Raises StoreUnavailable of `errors`."""
+        try:
+            balances = await self.access.balance(self.policies.scopes)
+        except StoreUnavailable as error:
+            raise answers.store_unavailable() from error
+        now, processes = self.wall_ms(), self.access.processes()
+        return [
+            report(
+                one,
+                self.exposures.get(one.scope.place),
+                now,
+                processes=processes,
+                strict=self.policies.strict(one.scope),
+            )
+            for one in balances
+        ]
+
+    def _rows(self, policy: Policy) -> list[tuple[Scope, Row]]:
+        found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
+        return [(scope, row) for scope, row in found if row is not None]
+
+    # -- for the charge ----------------------------------------------------------------------------------------------
+
+    async def count(self, want: Want, target: Target) -> None:
+        """Counts the input, once."""
+        ask = want.ask
+        if want.input_bound or not ask.fields:
+            return
+        media = media_of(ask.dialect, ask.fields, target.model)
+        counted = await self.counter.count_prompt(ask.dialect, ask.fields, encoding_of(target.model))
+        want.input_tokens = counted + media.tokens
+        written = max(size_of(ask.dialect, ask.fields) - media.bytes, 0)
+        want.input_bound = max(written + media.tokens + FRAME_TOKENS, want.input_tokens)
+
+    def plan(self, charge: Charge, target: Target) -> Plan:
+        """What an attempt at `target` is to reserve. Raises ModelPriceUnknown, RequestExceedsBudget, ProviderFull."""
+        policy = charge.policy
+        plan = self._planner.plan(charge.want, policy, target, self.exposures, self.access.processes())
+        bound = policy.at(target.provider)
+        if plan.rates is None and charge.want.generates:
+            limited = bound.reach.nano_usd is not None
+            if policy.enforces and unknown_refused(policy.settings.on_unknown_price, usd_limited=limited):
+                raise answers.price_unknown(target)
+        if exceeds(plan, bound.reach):
+            raise answers.request_exceeds(plan, [(one, reach_of(one.limits)) for one in bound.scopes if one.enforced])
+        return plan
+
+    async def take(self, charge: Charge, target: Target) -> Plan:
+        """Covers an attempt at `target`, beside all that went before. Raises what `Charge.cover` raises."""
+        held = charge.held
+        limited = charge.policy.at(target.provider).limited
+        if limited and charge.policy.at(target.provider).enforced:
+            await self.count(charge.want, target)
+        elif charge.want.ask.fields and not charge.want.input_bound:
+            charge.want.input_tokens = len(charge.want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
+        if held.state is None or (held.state == "open" and limited and not charge.degraded):
+            return await self._reserve(charge, target)
+        plan = self.plan(charge, target)
+        if held.local is not None:
+            refused = await self._take_slice(charge, plan, self._total(held, plan.ask), StoreUnavailable("open"))
+            if refused is not None:
+                raise self._refusal(charge, refused)
+        elif held.state == "asked":
+            return await self._raise(charge, plan)
+        return plan
+
+    async def grow(self, charge: Charge, plan: Plan, output_tokens: int) -> bool:
+        """Covers a longer reply of the attempt that runs. False: there is no room, or nobody to ask."""
+        held = charge.held
+        if held.state != "asked":
+            return True
+        input_tokens = plan.estimate.input
+        nano = 0 if plan.rates is None else cost(Usage(input_tokens, output_tokens), plan.rates)
+        ask = self._total(held, Amounts(1, input_tokens + output_tokens, nano))
+        try:
+            verdict = await self.access.top_up(held.id, ask, charge.policy.at(plan.target.provider).scopes, ())
+        except StoreUnavailable:
+            return charge.policy.settings.on_store_error == "allow" or not charge.policy.enforces
+        if not isinstance(verdict, Granted):
+            return False
+        places, risk_tokens, risk_nano = held.risks
+        risk_tokens -= ask.tokens - held.ask.tokens
+        risk_nano -= ask.nano_usd - held.ask.nano_usd
+        self.at_risk(held, places, max(risk_tokens, 0), max(risk_nano, 0))
+        held.ask = ask
+        return True
+
+    async def settle(self, held: Held, policy: Policy) -> None:
+        """Books what was spent, gives back what was not, and calls whoever waits for room."""
+        settlement = held.settlement(policy)
+        if held.local is not None:
+            try:
+                await held.local.settle(settlement)
+            except StoreUnavailable:
+                pass  # That slice is gone, with the outage that it was for.
+        await self.access.settle(settlement)
+        self.observe(settlement.actual.tokens, held.ask.tokens)
+        self.waiting.wake()
+
+    def at_risk(self, held: Held, places: Sequence[str], tokens: int = 0, nano_usd: int = 0) -> None:
+        """Enters what is at risk now, in place of what was."""
+        before, before_tokens, before_nano = held.risks
+        for place in before:
+            self.exposures[place].drop(before_tokens, before_nano)
+        held.risks = (tuple(places), tokens, nano_usd) if tokens or nano_usd else ((), 0, 0)
+        for place in held.risks[0]:
+            self.exposures[place].add(tokens, nano_usd)
+
+    def learn(self, tenant: str, plan: Plan, usage: Usage, choices: int) -> None:
+        self._planner.expectations.saw(tenant, plan.target.label, -(-usage.output // choices))
+
+    def later(self, job: Job) -> Job:
+        """`job`, remembered until it has begun."""
+
+        async def once() -> None:
+            if once in self._later:
+                self._later.discard(once)
+                await job()
+
+        self._later.add(once)
+        return once
+
+    def track(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs to its end whatever becomes of its caller: the loop itself keeps no strong reference."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+        return task
+
+    # -- the store's verdicts ----------------------------------------------------------------------------------------
+
+    async def _reserve(self, charge: Charge, target: Target) -> Plan:
+        """A new reservation, at once or when its turn comes."""
+        policy, waiting = charge.policy, self.waiting
+        until = self._clock() + policy.settings.wait_ms / 1000
+        again = bool(policy.settings.wait_ms) and waiting.queued(policy.tenant) and waiting.has_room()
+        if again:  # Behind those who came before.
+            await waiting.turn(policy.tenant, until - self._clock())
+        while True:
+            plan = self.plan(charge, target)
+            refused = await self._ask(charge, plan)
+            if refused is None:
+                if again:
+                    waiting.wake()  # There may be room for one more.
+                return plan
+            wait = min((refused.retry_after_ms or 0) / 1000, until - self._clock())
+            elsewhere = refused.scope.kind == "provider" and charge.has_alternatives
+            if wait <= 0 or elsewhere or not waiting.has_room():
+                raise self._refusal(charge, refused)
+            await waiting.turn(policy.tenant, wait, again=again)
+            again = True
+
+    async def _ask(self, charge: Charge, plan: Plan) -> Refused | None:
+        """One reservation. None: it is held, or need not be. Raises StoreUnavailable of `errors`."""
+        policy, held = charge.policy, charge.held
+        bound = policy.at(plan.target.provider)
+        if not bound.limited:
+            held.state = "open"
+            return None
+        self.at_risk(held, [place for place, _ in bound.risky], plan.risk_tokens, plan.risk_nano_usd)
+        for _ in range(2):
+            held.ask = Amounts()
+            ask = held.ask = self._total(held, plan.ask)
+            held.state = "asked"
+            self.access.live.add(held.id)
+            wanted = Reservation(held.id, bound.scopes, ask, LEASE_MS, policy.settings.on_lost)
+            try:
+                verdict = await self.access.reserve(wanted)
+            except StoreUnavailable as error:
+                self.access.live.discard(held.id)
+                return await self._take_slice(charge, plan, ask, error)
+            if isinstance(verdict, Granted):
+                held.provider = plan.account
+                self._watched(charge, verdict)
+                return None
+            self.access.live.discard(held.id)
+            if isinstance(verdict, Refused):
+                held.state = None
+                self.at_risk(held, ())
+                return verdict
+            held.renew()  # The id was used up: its lease ran out while the answer was on its way.
+        raise answers.store_unavailable()
+
+    async def _raise(self, charge: Charge, plan: Plan) -> Plan:
+        """A further attempt under the same reservation."""
+        policy, held = charge.policy, charge.held
+        bound = policy.at(plan.target.provider)
+        ask = self._total(held, plan.ask)
+        same = plan.account is held.provider
+        if same and ask == held.ask:
+            return plan
+        self.at_risk(held, [place for place, _ in bound.risky], plan.risk_tokens, plan.risk_nano_usd)
+        leave = () if same or held.provider is None else ((held.provider, held.account()),)
+        try:
+            verdict = await self.access.top_up(held.id, ask, bound.scopes, leave)
+        except StoreUnavailable as error:
+            refused = await self._take_slice(charge, plan, ask, error)
+            if refused is not None:
+                raise self._refusal(charge, refused) from error
+            return plan
+        if isinstance(verdict, Refused):
+            raise self._refusal(charge, verdict)
+        if isinstance(verdict, Ended):
+            await self.access.settle(held.settlement(policy))
+            held.renew()
+            return await self._reserve(charge, plan.target)
+        held.ask = ask
+        if leave:
+            held.apart.pop(leave[0][0].name, None)
+        held.provider = plan.account
+        self._watched(charge, verdict)
+        return plan
+
+    @staticmethod
+    def _total(held: Held, ask: Amounts) -> Amounts:
+        """What attempts that are over have cost, and this one's ask; never less than what is held."""
+        tokens = max(held.tokens + ask.tokens, held.ask.tokens)
+        nano_usd = max(held.nano_usd + ask.nano_usd, held.ask.nano_usd)
+        return Amounts(1, min(tokens, MAX_AMOUNT), min(nano_usd, MAX_AMOUNT))
+
+    async def _take_slice(self, charge: Charge, plan: Plan, ask: Amounts, error: StoreUnavailable) -> Refused | None:
+        """The store is away, and the tenant's policy says how to go on. Raises StoreUnavailable of `errors`."""
+        policy, held, access = charge.policy, charge.held, self.access
+        bound = policy.at(plan.target.provider)
+        charge.degraded = True
+        how = policy.settings.on_store_error
+        if how == "allow" or not bound.enforced:
+            held.state = "open"
+            return None
+        if not error.uncertain and held.attempts == 0:
+            held.state = None  # Nothing reached the store, so nothing has to be taken back.
+        if how == "deny" or not access.reached or not access.has_room:
+            raise answers.store_unavailable() from error
+        self._slices.begin(access.outages, access.processes())
+        verdict = await self._slices.reserve(Reservation(held.id, bound.scopes, ask, LEASE_MS * 100))
+        if isinstance(verdict, Granted):
+            held.state, held.local, held.provider, held.ask = "asked", self._slices.store, plan.account, ask
+            return None
+        if isinstance(verdict, Refused) and verdict.retry_after_ms is not None and verdict.window.endswith("minute"):
+            return verdict
+        raise answers.store_unavailable() from error
+
+    def _refusal(self, charge: Charge, refused: Refused) -> ProxyError:
+        self._say(charge, refused, "enforce")
+        headers = self.rate_limits(charge.policy)
+        if refused.scope.kind == "provider":
+            return answers.provider_full(refused, headers)
+        return answers.budget_exceeded(refused, headers)
+
+    def _watched(self, charge: Charge, granted: Granted) -> None:
+        if granted.over is not None:
+            self._say(charge, granted.over, "observe")
+
+    def _say(self, charge: Charge, refused: Refused, mode: str) -> None:
+        self._emit(
+            BudgetRefused(
+                request_id=charge.request_id,
+                tenant=charge.policy.tenant,
+                scope=refused.scope.kind,
+                name=refused.scope.name,
+                window=refused.window,
+                mode=mode,
+                limit=refused.limit,
+                used=refused.used,
+                reserved=refused.reserved,
+                retry_after_ms=refused.retry_after_ms,
+            )
+        )

@@ -1,0 +1,205 @@
+"""From a request and a target to what is reserved for it. Pure.
+
+    judged     what it will take at least, by all that is known: larger than a window, it can never be served (400)
+    expected   input, and the output that 95 of 100 replies stay within
+    most       input, and the output that it can have at most, each token at its dearest price
+
+`adaptive` reserves the expected as long as the sum of what is at risk stays within the limit, and the most beyond that.
+A reservation never asks for more than a whole window holds: it would wait for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from proxy.budget.amounts import MAX_AMOUNT, Amounts
+from proxy.budget.estimate import Estimate, Expectations, Exposure, estimate
+from proxy.budget.policy import Policy, Reach
+from proxy.budget.pricing import PriceBook, Rates, ceiling, cost
+from proxy.money import PER_MILLION
+from proxy.store.base import Scope
+from proxy.types import Ask, Target, Usage
+
+_LIMITS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+@dataclass(slots=True)
+class Want:
+    """What a request asks for, as far as its price goes. Token counts are those of the input, media included."""
+
+    ask: Ask
+    input_tokens: int = 0
+    """Counted; an estimate of what the provider will count."""
+    input_bound: int = 0
+    """The most that the input can be."""
+    asked: int | None = None
+    """The client's own maximum of output tokens, for one choice."""
+    choices: int = 1
+    service_tier: str = ""
+    tags: str = ""
+
+    @property
+    def generates(self) -> bool:
+        return self.ask.dialect not in ("embeddings", "passthrough", "models")
+
+
+def want_of(ask: Ask, tags: str = "") -> Want:
+    """What the body says. The input is not counted yet. (`validation.requests` has checked the members.)"""
+    fields = ask.fields
+    given = [value for name in _LIMITS if name in fields and isinstance(value := _decoded(fields[name]), int)]
+    choices = _decoded(fields["n"]) if "n" in fields else 1
+    tier = _decoded(fields["service_tier"]) if "service_tier" in fields else ""
+    return Want(
+        ask,
+        asked=min(given, default=None),
+        choices=choices if isinstance(choices, int) and choices > 0 else 1,
+        service_tier=tier if isinstance(tier, str) and tier not in ("auto", "default") and len(tier) <= 32 else "",
+        tags=tags,
+    )
+
+
+def _decoded(raw: msgspec.Raw) -> object:
+    try:
+        return msgspec.json.decode(raw)
+    except _NOT_JSON:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be reserved for one attempt at one target."""
+
+    target: Target
+    rates: Rates | None
+    account: Scope | None
+    """The provider's account, where it has limits."""
+    estimate: Estimate
+    ask: Amounts
+    judged: Amounts
+    risk_tokens: int
+    risk_nano_usd: int
+    """By how much the attempt can outgrow `ask`."""
+    output_cap: int | None = None
+    """Output tokens for one choice that the upstream is to be told, where the client sets no maximum; None: none."""
+
+
+class Planner:
+    """`processes`: how many share the limits, as last seen."""
+
+    def __init__(self, book: PriceBook, expectations: Expectations) -> None:
+        self.book = book
+        self.expectations = expectations
+
+    def plan(
+        self, want: Want, policy: Policy, target: Target, exposures: Mapping[str, Exposure], processes: int = 1
+    ) -> Plan:
+        """What to reserve. Prices that nobody knows count as nothing here: whether they may is decided elsewhere."""
+        settings = policy.settings
+        facts = self.book.facts(target, want.service_tier)
+        rates = self.book.rates(target, want.ask.dialect, want.service_tier)
+        found = estimate(
+            input_tokens=want.input_tokens,
+            asked=want.asked,
+            choices=want.choices,
+            expected=self.expectations.output(policy.tenant, target.label, want.asked),
+            max_output_tokens=facts.max_output_tokens,
+            context_window=facts.context_window,
+            generates=want.generates,
+        )
+        bound = policy.at(target.provider)
+        expected = _amounts(want.input_tokens, found.expected, rates)
+        input_tokens = want.input_bound if policy.strict else want.input_tokens
+        most = _most(input_tokens, found.most, rates)
+        cap = None
+        if settings.estimate == "max":
+            # Without a maximum of its own, a request is as large as what is left for it.
+            judged = most if want.asked is not None else _most(input_tokens, min(want.choices, found.most), rates)
+            if policy.strict and want.generates and want.asked is None:
+                per_choice = _affordable(input_tokens, found.most, rates, bound.reach) // want.choices
+                cap = max(per_choice, 1)
+                most = _most(input_tokens, cap * want.choices, rates)
+            ask = _within(most, bound.reach)
+        else:
+            judged = expected
+            ask = expected
+            if not self._fits(want, policy, most, expected, exposures, processes, target.provider):
+                ask = _larger(expected, _within(most, bound.reach))
+        cuts = want.ask.stream and settings.on_overrun == "cut" and policy.enforces
+        return Plan(
+            target,
+            rates,
+            policy.account(target.provider),
+            found,
+            ask,
+            judged,
+            0 if cuts else max(most.tokens - ask.tokens, 0),
+            0 if cuts else max(most.nano_usd - ask.nano_usd, 0),
+            cap,
+        )
+
+    def _fits(
+        self,
+        want: Want,
+        policy: Policy,
+        most: Amounts,
+        expected: Amounts,
+        exposures: Mapping[str, Exposure],
+        processes: int,
+        provider: str,
+    ) -> bool:
+        if want.ask.stream and policy.settings.on_overrun == "cut":
+            return True
+        tokens, nano = most.tokens - expected.tokens, most.nano_usd - expected.nano_usd
+        for place, reach in policy.at(provider).risky:
+            exposure = exposures.get(place)
+            if exposure is not None and not exposure.fits(
+                tokens, nano, _share(reach.tokens, processes), _share(reach.nano_usd, processes)
+            ):
+                return False
+        return True
+
+
+def exceeds(plan: Plan, reach: Reach) -> bool:
+    """No waiting can help: the request is larger than a whole window."""
+    return (reach.tokens is not None and plan.judged.tokens > reach.tokens) or (
+        reach.nano_usd is not None and plan.judged.nano_usd > reach.nano_usd
+    )
+
+
+def _share(limit: int | None, processes: int) -> int | None:
+    return None if limit is None else limit // max(processes, 1)
+
+
+def _amounts(input_tokens: int, output: int, rates: Rates | None) -> Amounts:
+    nano = 0 if rates is None else cost(Usage(input_tokens, output), rates)
+    return Amounts(1, min(input_tokens + output, MAX_AMOUNT), min(nano, MAX_AMOUNT))
+
+
+def _most(input_tokens: int, output: int, rates: Rates | None) -> Amounts:
+    nano = 0 if rates is None else ceiling(input_tokens, output, rates)
+    return Amounts(1, min(input_tokens + output, MAX_AMOUNT), min(nano, MAX_AMOUNT))
+
+
+def _within(most: Amounts, reach: Reach) -> Amounts:
+    tokens = most.tokens if reach.tokens is None else min(most.tokens, reach.tokens)
+    nano = most.nano_usd if reach.nano_usd is None else min(most.nano_usd, reach.nano_usd)
+    return Amounts(1, tokens, nano)
+
+
+def _larger(one: Amounts, other: Amounts) -> Amounts:
+    return Amounts(1, max(one.tokens, other.tokens), max(one.nano_usd, other.nano_usd))
+
+
+def _affordable(input_tokens: int, most: int, rates: Rates | None, reach: Reach) -> int:
+    """Output tokens that fit beside the input into a whole window."""
+    output = most if reach.tokens is None else min(most, max(reach.tokens - input_tokens, 0))
+    if rates is None or reach.nano_usd is None:
+        return output
+    spare = reach.nano_usd - ceiling(input_tokens, 0, rates)
+    dearest = max(max(one.output, one.reasoning) for one in (rates, *(tier.rates for tier in rates.tiers)))
+    return min(output, max((spare - 1) * PER_MILLION // dearest, 0)) if dearest else output

@@ -1,0 +1,200 @@
+"""Who is held to what: the configuration's sections, merged once for each tenant and key. Pure.
+
+A caller is held by up to three scopes (the deployment, its tenant, its key), and at each target by the provider's
+account. Limits of the deployment and of accounts hold whatever mode a tenant is in. What a key's own section limits is
+the key's own; all else that it says goes over its tenant's section, as that goes over `budget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from proxy.budget.amounts import Limits
+from proxy.budget.settings import BudgetSettings, LimitSettings, merged
+from proxy.money import nano_usd
+from proxy.store.base import Scope, ScopeKind
+
+_USD: Final = ("minute", "hour", "day", "month")
+
+
+def limits_of(settings: LimitSettings) -> Limits:
+    """The same limits as integers."""
+    usd = {span: getattr(settings, f"usd_per_{span}") for span in _USD}
+    return Limits(
+        requests_per_minute=settings.requests_per_minute,
+        tokens_per_minute=settings.tokens_per_minute,
+        max_concurrent=settings.max_concurrent,
+        **{f"nano_usd_per_{span}": None if amount is None else nano_usd(amount) for span, amount in usd.items()},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What of a scope's limits concerns the size of one request: the tightest of each dimension, None for none."""
+
+    tokens: int | None = None
+    nano_usd: int | None = None
+
+    def within(self, other: Reach) -> Reach:
+        return Reach(_tighter(self.tokens, other.tokens), _tighter(self.nano_usd, other.nano_usd))
+
+
+def _tighter(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one if other is None else min(one, other)
+
+
+def reach_of(limits: Limits) -> Reach:
+    dollars = (
+        limits.nano_usd_per_minute,
+        limits.nano_usd_per_hour,
+        limits.nano_usd_per_day,
+        limits.nano_usd_per_month,
+    )
+    return Reach(limits.tokens_per_minute, min((one for one in dollars if one is not None), default=None))
+
+
+class Bound:
+    """Scopes that a reservation takes together, and what follows from their limits. Made once for each target."""
+
+    __slots__ = ("enforced", "limited", "reach", "risky", "scopes")
+
+    def __init__(self, scopes: tuple[Scope, ...]) -> None:
+        self.scopes = scopes
+        limited = [scope for scope in scopes if scope.limits != Limits()]
+        self.limited = bool(limited)
+        """There is something to reserve."""
+        self.enforced = any(scope.enforced for scope in limited)
+        """A reservation can be refused."""
+        reach = Reach()
+        for scope in scopes:
+            if scope.enforced:
+                reach = reach.within(reach_of(scope.limits))
+        self.reach = reach
+        """Of the enforced scopes."""
+        risky = [(scope.place, reach_of(scope.limits)) for scope in scopes if scope.enforced]
+        self.risky = tuple((place, one) for place, one in risky if one != Reach())
+        """Places that can be overspent by an estimate, and how far each reaches."""
+
+
+class Policy:
+    """What one caller is held to. `at(provider)` adds the account of a target."""
+
+    __slots__ = ("_accounts", "_bounds", "key", "own", "settings", "strict", "tenant")
+
+    def __init__(
+        self, tenant: str, key: str, settings: BudgetSettings, own: tuple[Scope, ...], accounts: Mapping[str, Scope]
+    ) -> None:
+        self.tenant = tenant
+        self.key = key
+        self.settings = settings
+        self.own = own
+        """The deployment's scope, the tenant's, the key's; those that exist."""
+        self.strict = settings.estimate == "max" and settings.on_overrun == "cut" and settings.mode == "enforce"
+        """Nothing is ever overspent: every figure is an upper bound, and the upstream is told the maximum."""
+        self._accounts = accounts
+        self._bounds: dict[str, Bound] = {}
+
+    @property
+    def enforces(self) -> bool:
+        return self.settings.mode == "enforce"
+
+    def account(self, provider: str) -> Scope | None:
+        """The scope of a provider's account; None where it has no limits."""
+        return self._accounts.get(provider)
+
+    def at(self, provider: str) -> Bound:
+        """All scopes of a request at this provider."""
+        bound = self._bounds.get(provider)
+        if bound is None:
+            account = self._accounts.get(provider)
+            bound = self._bounds[provider] = Bound(self.own if account is None else (*self.own, account))
+        return bound
+
+
+@dataclass(frozen=True, slots=True)
+class TenantBudget:
+    """What was written for a tenant, and for its keys by their names."""
+
+    budget: BudgetSettings | None = None
+    keys: Mapping[str, BudgetSettings] = field(default_factory=dict)
+
+
+class Policies:
+    """All policies of a configuration. One that nobody wrote anything for is made at its first request, and kept."""
+
+    def __init__(
+        self,
+        section: BudgetSettings,
+        *,
+        everyone: LimitSettings | None = None,
+        accounts: Mapping[str, LimitSettings] | None = None,
+        tenants: Mapping[str, TenantBudget] | None = None,
+    ) -> None:
+        """`section`: `budget`, or UNWRITTEN. `everyone`: `global_budget`. `accounts`: `providers.*.limits`."""
+        self._section = section
+        self._tenants = tenants or {}
+        self._accounts = {
+            name: Scope("provider", name, limits_of(limits))
+            for name, limits in (accounts or {}).items()
+            if limits.limited
+        }
+        limits = Limits() if everyone is None else limits_of(everyone)
+        self._everyone = (Scope("global", "", limits),) if limits != Limits() else ()
+        self._policies: dict[tuple[str, str], Policy] = {}
+        self._scopes: dict[tuple[ScopeKind, str, bool, Limits], Scope] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Nobody is held to anything, and nobody is watched."""
+        sections = [merged(self._section)]
+        for tenant in self._tenants.values():
+            sections += [merged(self._section, tenant.budget, key) for key in (None, *tenant.keys.values())]
+        return not (self._accounts or self._everyone) and all(one.mode == "off" for one in sections)
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The scopes that the configuration names, each once: for reports, and to restore what was spent in them."""
+        for name, tenant in self._tenants.items():
+            for key in ("", *tenant.keys):
+                self.of(name, key)
+        found = (*self._accounts.values(), *self._everyone, *self._scopes.values())
+        return tuple({scope.place: scope for scope in reversed(found)}.values())
+
+    def strict(self, scope: Scope) -> bool:
+        """Nobody whom this scope holds ever takes a risk."""
+        held = [policy for policy in self._policies.values() if scope in policy.own or scope.kind == "provider"]
+        return bool(held) and all(policy.strict for policy in held)
+
+    def of(self, tenant: str, key: str = "") -> Policy:
+        """The policy of a caller. `key` is the key's name, never its secret; empty where keys have no budgets."""
+        found = self._tenants.get(tenant)
+        if found is None or key not in found.keys:
+            key = ""
+        policy = self._policies.get((tenant, key))
+        if policy is None:
+            policy = self._policies[tenant, key] = self._make(tenant, key, found or TenantBudget())
+        return policy
+
+    def _make(self, tenant: str, key: str, written: TenantBudget) -> Policy:
+        of_tenant = merged(self._section, written.budget)
+        own = written.keys.get(key)
+        settings = merged(of_tenant, own)
+        enforced = settings.mode == "enforce"
+        if settings.mode == "off":
+            scopes = [self._scope("tenant", tenant, Limits(), enforced)]  # What is spent is booked all the same.
+        else:
+            scopes = [self._scope("tenant", tenant, limits_of(of_tenant), enforced)]
+            if own is not None:
+                # The key's own limits are those that it writes: its tenant's hold for all keys together already.
+                limits = limits_of(LimitSettings.model_validate(own.model_dump(include=_limits_written(own))))
+                scopes.append(self._scope("key", f"{tenant}/{key}", limits, enforced))
+        return Policy(tenant, key, settings, (*self._everyone, *scopes), self._accounts)
+
+    def _scope(self, kind: ScopeKind, name: str, limits: Limits, enforced: bool) -> Scope:
+        return self._scopes.setdefault((kind, name, enforced, limits), Scope(kind, name, limits, enforced))
+
+
+def _limits_written(own: BudgetSettings) -> set[str]:
+    return own.model_fields_set & LimitSettings.model_fields.keys()

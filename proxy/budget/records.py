@@ -1,0 +1,100 @@
+"""The ledger's line for one attempt that was, or may have been, billed: for roll-ups and for sinks. Pure.
+
+A record is names and values in turn, as texts, because that is what every store can hold. `decoded` gives the values
+their types back: counts are integers again, flags true or false.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from proxy.store.base import Entry, Tally
+from proxy.types import Target, Usage
+
+MAX_TAGS: Final = 256
+_TAGS: Final = re.compile(rb"[\x20-\x7e]{1,%d}" % MAX_TAGS)
+_COUNTS: Final = frozenset(
+    [*Tally.__struct_fields__, "at", "status", "attempt", "tokens"],
+)
+_FLAGS: Final = frozenset({"estimated", "priced"})
+
+Value = str | int | bool
+
+
+class Line(NamedTuple):
+    """One attempt."""
+
+    reservation: str
+    at: int
+    """Milliseconds since 1970, UTC, by this process's clock."""
+    request_id: str
+    tenant: str
+    key: str
+    target: Target
+    tags: str
+    usage: Usage
+    nano_usd: int | None
+    """None: nobody knows a price."""
+    status: int
+    """The provider's; 0 where it gave none."""
+    attempt: int
+    """1 for the first of its request."""
+
+
+def entry_of(line: Line) -> Entry:
+    usage, target = line.usage, line.target
+    nano = line.nano_usd or 0
+    return Entry(
+        (line.tenant, line.key, target.label, target.provider, line.tags, "estimated" if usage.estimated else "true"),
+        Tally(
+            1,
+            usage.input,
+            usage.output,
+            usage.cache_read,
+            usage.cache_write,
+            usage.reasoning,
+            nano,
+            0 if line.nano_usd is not None else 1,
+        ),
+        (
+            "id", line.reservation,
+            "at", str(line.at),
+            "request_id", line.request_id,
+            "tenant", line.tenant,
+            "key", line.key,
+            "model", target.label,
+            "provider", target.provider,
+            "upstream_model", target.model,
+            "tags", line.tags,
+            "input", str(usage.input),
+            "output", str(usage.output),
+            "cache_read", str(usage.cache_read),
+            "cache_write", str(usage.cache_write),
+            "reasoning", str(usage.reasoning),
+            "estimated", "1" if usage.estimated else "0",
+            "nano_usd", str(nano),
+            "priced", "1" if line.nano_usd is not None else "0",
+            "status", str(line.status),
+            "attempt", str(line.attempt),
+        ),
+    )  # fmt: skip
+
+
+def tags_in(header: bytes | None) -> str:
+    """What `x-breakwater-tags` says, as it stands; empty where it says nothing that a ledger could hold."""
+    return header.decode() if header is not None and _TAGS.fullmatch(header) else ""
+
+
+def decoded(fields: Sequence[str]) -> dict[str, Value]:
+    """Names and values in turn, as a mapping with typed values. Values of unknown names stay texts."""
+    found: dict[str, Value] = {}
+    for name, text in zip(fields[::2], fields[1::2], strict=False):
+        if name in _FLAGS:
+            found[name] = text == "1"
+        elif name in _COUNTS and text.isdigit():
+            found[name] = int(text)
+        else:
+            found[name] = text
+    return found

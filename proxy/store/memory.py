@@ -1,0 +1,385 @@
+"""The budget store of a single process: the same verbs and the same answers as the one in Redis, with no server.
+
+Nothing here waits, so every verb is one step that no other request can come between. What decides stands in
+`budget.windows`; here stand the reservations and their leases.
+
+Bounded: windows are one per configured scope, reservations end by lease, and what is remembered of ended ones leaves by
+age and, for settled ones, by number. (A settle can be repeated only where a reply can be lost. Here none can.)
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
+
+from proxy.budget.amounts import Amounts, Bounds, Part, Shortfall
+from proxy.budget.clocks import Moment, Steady
+from proxy.budget.windows import ScopeWindows
+from proxy.store.base import (
+    SEED_MS,
+    Balance,
+    Cold,
+    Dimension,
+    Ended,
+    Granted,
+    Outcome,
+    Record,
+    Refused,
+    Remembered,
+    Reservation,
+    Scope,
+    Seeded,
+    Settled,
+    Settlement,
+    StoreUnavailable,
+    UsageRow,
+    checked_amounts,
+    checked_entries,
+    checked_id,
+    checked_scopes,
+)
+from proxy.store.ledger import MemoryLedger
+
+REAPED_PER_CALL: Final = 20
+"""Lost reservations that one call books: no request pays for the crash of a thousand others."""
+_SETTLED_KEPT: Final = 100_000
+_PREPARED: Final = 10_000
+
+Triple = tuple[int, int, int]
+
+
+class _Held:
+    """A reservation that is live or expired."""
+
+    __slots__ = ("charged", "expired", "forget_at", "lease_until", "on_lost", "parts", "windows")
+
+    def __init__(self, lease_until: int, on_lost: Literal["charge", "refund"]) -> None:
+        self.lease_until = lease_until
+        self.on_lost = on_lost
+        self.parts: dict[str, list[Part]] = {}
+        """By place of the scope."""
+        self.expired = False
+        self.charged: dict[str, Triple] = {}
+        """Once expired: what it was charged, and the calendar windows of that, by place."""
+        self.windows: dict[str, Triple] = {}
+        self.forget_at = 0
+
+
+class _Settled:
+    """A reservation that is over for good."""
+
+    __slots__ = ("forget_at",)
+
+    def __init__(self, forget_at: int) -> None:
+        self.forget_at = forget_at
+
+
+class _Prepared:
+    """What a tuple of scopes comes to: their places and bounds, looked up once."""
+
+    __slots__ = ("bounds", "enforced", "places", "scopes")
+
+    def __init__(self, scopes: tuple[Scope, ...]) -> None:
+        self.scopes = scopes
+        self.places = checked_scopes(scopes)
+        self.bounds: tuple[Bounds, ...] = tuple(scope.limits.bounds() for scope in scopes)
+        self.enforced = all(scope.enforced for scope in scopes)
+
+
+class MemoryStore:
+    """`BudgetStore` in this process's memory.
+
+    `clock` reads wall milliseconds in UTC. `tombstone_ms`: how long an expired reservation can still be settled late.
+    `records`: how many records the outbox keeps.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        tombstone_ms: int = 900_000,
+        records: int = 10_000,
+    ) -> None:
+        self._clock = clock
+        self._tombstone_ms = tombstone_ms
+        self._steady: Steady | None = None  # None while the store is cold
+        self._collects_since: int | None = None
+        self._epoch = 0
+        self._windows: dict[str, ScopeWindows] = {}
+        self._reservations: dict[str, _Held | _Settled] = {}
+        self._leases: list[tuple[int, str]] = []  # a heap; entries of older leases are skipped when they come up
+        self._ended: deque[tuple[int, str]] = deque()
+        self._ledger = MemoryLedger(records)
+        self._prepared: dict[tuple[Scope, ...], _Prepared] = {}
+        self._closed = False
+
+    # -- verbs -------------------------------------------------------------------------------------------------------
+
+    async def reserve(self, reservation: Reservation) -> Granted | Refused | Ended | Cold:
+        known = checked_id(reservation.id)
+        ask = checked_amounts(reservation.ask)
+        prepared = self._prepare(reservation.scopes)
+        now = self._now()
+        if now is None:
+            return Cold()
+        held = self._find(known, now)
+        if held is not None:
+            return self._granted(prepared, now) if isinstance(held, _Held) and not held.expired else Ended()
+        held = _Held(now.steady_ms + reservation.lease_ms, reservation.on_lost)
+        verdict = self._cover(held, prepared, ask, now)
+        if isinstance(verdict, Granted):
+            self._reservations[known] = held
+            heapq.heappush(self._leases, (held.lease_until, known))
+        return verdict
+
+    async def top_up(
+        self,
+        reservation_id: str,
+        ask: Amounts,
+        scopes: tuple[Scope, ...],
+        leave: tuple[tuple[Scope, Amounts], ...] = (),
+    ) -> Granted | Refused | Ended | Cold:
+        known = checked_id(reservation_id)
+        amounts = checked_amounts(ask)
+        prepared = self._prepare(scopes)
+        left = {scope.place: checked_amounts(used) for scope, used in leave}
+        if not left.keys().isdisjoint(prepared.places):
+            raise ValueError("a scope is either covered or left")
+        now = self._now()
+        if now is None:
+            return Cold()
+        held = self._find(known, now)
+        if not isinstance(held, _Held) or held.expired:
+            return Ended()
+        verdict = self._cover(held, prepared, amounts, now)
+        if isinstance(verdict, Granted):
+            for place, used in left.items():
+                if place in held.parts:
+                    windows = self._windows[place]
+                    windows.roll(now)
+                    windows.release(held.parts.pop(place), *used)
+        return verdict
+
+    async def settle(self, settlement: Settlement) -> Settled | Cold:
+        known = checked_id(settlement.id)
+        actual = checked_amounts(settlement.actual)
+        prepared = self._prepare(settlement.scopes)
+        apart = {scope.place: checked_amounts(used) for scope, used in settlement.apart} if settlement.apart else {}
+        entries = checked_entries(settlement.entries)
+        now = self._now()
+        if now is None:
+            return Cold()
+        if missing := self._roll(prepared, now):
+            return missing
+        held = self._find(known, now)
+        outcome: Outcome
+        if held is None:
+            outcome = "unknown"
+            for place in prepared.places:
+                self._windows[place].charge(*apart.get(place, actual))
+        elif isinstance(held, _Settled):
+            return Settled("already", self._balances(prepared, now), self._epoch)
+        else:
+            outcome = "late" if held.expired else "settled"
+            for place, parts in held.parts.items():
+                self._end(held, place, parts, apart.get(place, actual), now)
+        forget_at = now.steady_ms + self._tombstone_ms
+        self._reservations[known] = _Settled(forget_at)
+        self._ended.append((forget_at, known))
+        self._ledger.book(entries, now.wall_ms)
+        return Settled(outcome, self._balances(prepared, now), self._epoch)
+
+    async def extend(self, reservation_ids: Sequence[str], lease_ms: int) -> tuple[str, ...] | Cold:
+        for each in reservation_ids:
+            checked_id(each)
+        now = self._now(reap=False)
+        if now is None:
+            return Cold()
+        lost = []
+        until = now.steady_ms + lease_ms
+        for known in reservation_ids:
+            held = self._find(known, now)
+            if not isinstance(held, _Held) or held.expired:
+                lost.append(known)
+            elif held.lease_until < until:
+                held.lease_until = until
+                heapq.heappush(self._leases, (until, known))
+        self._reap(now)
+        return tuple(lost)
+
+    async def balance(self, scopes: Sequence[Scope]) -> tuple[Balance, ...] | Cold:
+        prepared = self._prepare(tuple(scopes))
+        now = self._now()
+        if now is None:
+            return Cold()
+        return self._roll(prepared, now) or self._balances(prepared, now)
+
+    async def seed(self, remembered: Sequence[Remembered], collect_ms: int = SEED_MS) -> Seeded:
+        if self._closed:
+            raise StoreUnavailable("stopped")
+        wall = self._clock()
+        now = (self._steady or Steady(wall)).read(wall)
+        first = self._steady is None and self._collects_since is None
+        for each in remembered:
+            place = each.scope.place
+            windows = self._windows.get(place)
+            if windows is None:
+                windows = self._windows[place] = ScopeWindows(now)
+            windows.roll(now)
+            windows.raise_to(each.windows, each.spent)
+        if self._steady is not None:
+            return Seeded(0, first)
+        if self._collects_since is None:
+            self._collects_since = wall
+        wait = self._collects_since + collect_ms - wall
+        if wait > 0:
+            return Seeded(min(wait, collect_ms), first)
+        self._steady = Steady(wall)
+        self._epoch = wall
+        return Seeded(0, first)
+
+    async def usage(self, since_ms: int, until_ms: int, by: Sequence[Dimension]) -> list[UsageRow]:
+        return self._ledger.usage(since_ms, until_ms, by)
+
+    async def outbox(self, after: str, count: int) -> list[Record]:
+        return self._ledger.records(after, count)
+
+    async def aclose(self) -> None:
+        self._closed = True
+
+    # -- the shared way ----------------------------------------------------------------------------------------------
+
+    def _prepare(self, scopes: tuple[Scope, ...]) -> _Prepared:
+        prepared = self._prepared.get(scopes)
+        if prepared is None:
+            if len(self._prepared) >= _PREPARED:
+                self._prepared.clear()
+            prepared = self._prepared[scopes] = _Prepared(scopes)
+        return prepared
+
+    def _now(self, *, reap: bool = True) -> Moment | None:
+        """The moment of this call, what is overdue done; None while the store is cold."""
+        if self._closed:
+            raise StoreUnavailable("stopped")
+        if self._steady is None:
+            return None
+        now = self._steady.read(self._clock())
+        if reap and self._leases and self._leases[0][0] <= now.steady_ms:
+            self._reap(now)
+        ended = self._ended
+        while ended and (ended[0][0] <= now.steady_ms or len(ended) > _SETTLED_KEPT):
+            forget_at, known = ended.popleft()
+            held = self._reservations.get(known)
+            if held is not None and held.forget_at == forget_at:
+                del self._reservations[known]
+        return now
+
+    def _find(self, known: str, now: Moment) -> _Held | _Settled | None:
+        held = self._reservations.get(known)
+        return None if held is not None and 0 < held.forget_at <= now.steady_ms else held
+
+    def _roll(self, prepared: _Prepared, now: Moment) -> Cold | None:
+        """Brings all windows up to now; Cold if there are none for a scope."""
+        windows = self._windows
+        try:
+            for place in prepared.places:
+                windows[place].roll(now)
+        except KeyError:
+            missing = (scope for scope, place in zip(prepared.scopes, prepared.places, strict=True))
+            return Cold(tuple(scope for scope in missing if scope.place not in windows))
+        return None
+
+    def _cover(self, held: _Held, prepared: _Prepared, ask: Triple, now: Moment) -> Granted | Refused | Cold:
+        """Holds what is missing up to `ask`, in all scopes or none."""
+        if missing := self._roll(prepared, now):
+            return missing
+        windows, parts = self._windows, held.parts
+        wants = [_wanted(ask, parts[place]) if place in parts else (*ask, 1) for place in prepared.places]
+        over: Refused | None = None
+        for place, bounds, want in zip(prepared.places, prepared.bounds, wants, strict=True):
+            if not windows[place].fits(bounds, *want):
+                refused, over = self._refusal(prepared, wants, now)
+                if refused is not None:
+                    return refused
+                break
+        for place, want in zip(prepared.places, wants, strict=True):
+            if any(want):
+                parts.setdefault(place, []).append(windows[place].take(*want))
+        return Granted(self._balances(prepared, now), self._epoch, over)
+
+    def _refusal(
+        self, prepared: _Prepared, wants: list[tuple[int, int, int, int]], now: Moment
+    ) -> tuple[Refused | None, Refused | None]:
+        """The worst of what is enforced, and the worst of what is only watched."""
+        worst: dict[bool, tuple[Scope, Shortfall]] = {}
+        for scope, place, bounds, want in zip(prepared.scopes, prepared.places, prepared.bounds, wants, strict=True):
+            found = self._windows[place].shortfall(bounds, want[:3], want[3], now)
+            known = worst.get(scope.enforced)
+            if found is not None and (known is None or found.outlasts(known[1])):
+                worst[scope.enforced] = (scope, found)
+        refused, over = (Refused(worst[each][0], *worst[each][1]) if each in worst else None for each in (True, False))
+        return refused, over
+
+    def _granted(self, prepared: _Prepared, now: Moment) -> Granted | Cold:
+        return self._roll(prepared, now) or Granted(self._balances(prepared, now), self._epoch)
+
+    def _balances(self, prepared: _Prepared, now: Moment) -> tuple[Balance, ...]:
+        windows, steady = self._windows, now.steady_ms
+        return tuple(
+            [
+                Balance(scope, windows[place].row(steady))
+                for scope, place in zip(prepared.scopes, prepared.places, strict=True)
+            ]
+        )
+
+    # -- ends --------------------------------------------------------------------------------------------------------
+
+    def _end(self, held: _Held, place: str, parts: list[Part], used: Triple, now: Moment) -> None:
+        windows = self._windows[place]
+        windows.roll(now)
+        if held.expired:
+            windows.correct(parts, held.charged[place], used, held.windows[place])
+        else:
+            windows.release(parts, *used)
+
+    def _reap(self, now: Moment) -> None:
+        """Books reservations whose lease is over, the oldest first."""
+        reaped = 0
+        while self._leases and self._leases[0][0] <= now.steady_ms and reaped < REAPED_PER_CALL:
+            until, known = heapq.heappop(self._leases)
+            held = self._reservations.get(known)
+            if isinstance(held, _Held) and not held.expired and held.lease_until == until:
+                self._expire(known, held, now)
+                reaped += 1
+
+    def _expire(self, known: str, held: _Held, now: Moment) -> None:
+        ask = (0, 0, 0)
+        for place, parts in held.parts.items():
+            windows = self._windows[place]
+            windows.roll(now)
+            asked = _asked(parts)
+            charged = asked if held.on_lost == "charge" else (0, 0, 0)
+            windows.release(parts, *charged)
+            held.charged[place] = charged
+            held.windows[place] = (windows.hour, windows.day, windows.month)
+            ask = (max(ask[0], charged[0]), max(ask[1], charged[1]), max(ask[2], charged[2]))
+        held.expired = True
+        held.forget_at = now.steady_ms + self._tombstone_ms
+        self._ended.append((held.forget_at, known))
+        fields = ("lost", known, "requests", str(ask[0]), "tokens", str(ask[1]), "nano_usd", str(ask[2]))
+        self._ledger.post(fields, now.wall_ms)
+
+
+def _asked(parts: Sequence[Part]) -> Triple:
+    if len(parts) == 1:
+        return parts[0][1:]
+    return sum(part[1] for part in parts), sum(part[2] for part in parts), sum(part[3] for part in parts)
+
+
+def _wanted(ask: Triple, parts: Sequence[Part]) -> tuple[int, int, int, int]:
+    """What a scope lacks, that holds `parts`; never less than nothing."""
+    has = _asked(parts)
+    return max(0, ask[0] - has[0]), max(0, ask[1] - has[1]), max(0, ask[2] - has[2]), 0

@@ -1,0 +1,36 @@
+"""The Lua scripts, one for each verb, as they are sent: each behind the parts that it shares with others."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from typing import Final
+
+_SHARED: Final = {
+    "reserve": ("windows", "admission"),
+    "top_up": ("windows", "admission"),
+    "settle": ("windows",),
+    "extend": ("windows",),
+    "balance": ("windows",),
+    "seed": ("windows",),
+}
+
+
+class Scripts:
+    """Read once, when a store is made. Attributes are digests; `texts` has what they stand for."""
+
+    def __init__(self) -> None:
+        self.texts: dict[bytes, bytes] = {}
+        self.reserve = self._add("reserve")
+        self.top_up = self._add("top_up")
+        self.settle = self._add("settle")
+        self.extend = self._add("extend")
+        self.balance = self._add("balance")
+        self.seed = self._add("seed")
+
+    def _add(self, verb: str) -> bytes:
+        folder = resources.files("proxy.store") / "lua"
+        text = b"\n".join((folder / f"{name}.lua").read_bytes() for name in (*_SHARED[verb], verb))
+        digest = hashlib.sha1(text, usedforsecurity=False).hexdigest().encode()
+        self.texts[digest] = text
+        return digest

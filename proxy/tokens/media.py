@@ -1,0 +1,214 @@
+"""Tokens of images, audio and files in a prompt, by formula. Pure, and tolerant: any JSON gives an answer.
+
+    family                              image
+    tiles (gpt-4o, o1, o3, gpt-5 …)     fit into 2048 x 2048, shorter side to 768: base + per 512 x 512 tile
+    patches (…-mini, …-nano, gpt-5.5+)  32 x 32 patches, scaled down to a cap, times a factor
+    Claude                              28 x 28 patches, capped
+    Gemini                              flat
+
+Width and height are read from the first bytes of a data URL. What cannot be seen (a link, an id, a broken header)
+counts as much as an image can. Audio is ten tokens a second: a WAV header says how long it is, any other format is
+taken for the lowest bit rate that speech is sent in. A file counts a token for every two of its bytes.
+
+These are the vendors' published rules where there are any, and measured figures elsewhere. They serve to reserve;
+what is charged in the end is the provider's own count.
+"""
+
+from __future__ import annotations
+
+import math
+from base64 import b64decode
+from binascii import Error as NotBase64
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from proxy.types import Dialect
+
+Raw = bytes | msgspec.Raw
+
+
+class Media(NamedTuple):
+    """What a prompt holds beside text."""
+
+    tokens: int = 0
+    bytes: int = 0
+    """Of the encoded data, which is no text."""
+
+
+NONE: Final = Media()
+
+_MEMBERS: Final[Mapping[str, str]] = {"chat": "messages", "responses": "input"}
+_MARKS: Final = (b'image_url"', b'input_audio"', b'file"')
+_NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_HEAD_CHARS: Final = 87_380
+"""Base64 of the first 64 KB: a JPEG's size stands behind its thumbnail."""
+
+AUDIO_TOKENS_PER_SECOND: Final = 10
+_SLOWEST_AUDIO: Final = 1000
+"""Bytes a second of compressed speech at 8 kbit/s."""
+_BYTES_PER_FILE_TOKEN: Final = 2
+_UNSEEN_FILE: Final = 16_384
+
+LOW_DETAIL: Final = 85
+_GEMINI: Final = 1290
+_CLAUDE_CAP: Final = 4096
+_TILES: Final = {
+    "gpt-4o-mini": (2833, 5667),
+    "gpt-4o": (85, 170),
+    "gpt-4.": (85, 170),
+    "gpt-4-": (85, 170),
+    "gpt-5": (70, 140),
+    "o1": (75, 150),
+    "o3": (75, 150),
+}
+_PATCHES: Final = {
+    "gpt-4.1-mini": (1536, 1.62),
+    "gpt-4.1-nano": (1536, 2.46),
+    "gpt-5-mini": (1536, 1.62),
+    "gpt-5-nano": (1536, 2.46),
+    "gpt-5.5": (10_000, 1.2),
+    "gpt-6": (10_000, 1.2),
+    "o4-mini": (1536, 1.72),
+}
+_BY_LENGTH: Final = sorted((*_TILES, *_PATCHES), key=lambda prefix: -len(prefix))
+
+
+def media_of(dialect: Dialect, fields: Mapping[str, Raw], model: str) -> Media:
+    """Of a request body, given the raw members of its top level. `model` is the provider's name of it."""
+    raw = fields.get(_MEMBERS.get(dialect, ""))
+    if raw is None or b'"type"' not in (body := bytes(raw)) or not any(mark in body for mark in _MARKS):
+        return NONE  # text alone, as nearly always
+    try:
+        entries = msgspec.json.decode(body)
+    except _NOT_JSON:
+        return NONE
+    tokens = size = 0
+    for part in _parts(entries):
+        found = _part(part, model)
+        tokens += found.tokens
+        size += found.bytes
+    return Media(tokens, size)
+
+
+def _parts(entries: Any) -> Iterator[Mapping[str, Any]]:
+    """Parts of messages, and of the results of tools in the Responses API."""
+    for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, dict):
+            continue
+        for member in ("content", "output"):
+            content = entry.get(member)
+            if isinstance(content, list):
+                yield from (part for part in content if isinstance(part, dict))
+
+
+def _part(part: Mapping[str, Any], model: str) -> Media:
+    kind = part.get("type")
+    if kind in ("image_url", "input_image"):
+        image: Any = part.get("image_url")
+        detail = part.get("detail")
+        if isinstance(image, dict):
+            image, detail = image.get("url"), image.get("detail", detail)
+        data = _data(image)
+        return Media(image_tokens(model, dimensions(data), low=detail == "low"), len(data))
+    if kind == "input_audio":
+        audio = part.get("input_audio")
+        sound = audio.get("data") if isinstance(audio, dict) else None
+        return _audio(sound if isinstance(sound, str) else "")
+    if kind in ("file", "input_file"):
+        inner: Any = part.get("file") if kind == "file" else part
+        data = _data(inner.get("file_data") if isinstance(inner, dict) else None)
+        size = len(data) * 3 // 4
+        return Media(-(-size // _BYTES_PER_FILE_TOKEN) if size else _UNSEEN_FILE, len(data))
+    return NONE
+
+
+def _data(url: Any) -> str:
+    """The base64 of a data URL; empty for what is only a link."""
+    if not isinstance(url, str) or not url.startswith("data:"):
+        return ""
+    return url.partition(",")[2]
+
+
+def _head(data: str) -> bytes:
+    text = data[:_HEAD_CHARS]
+    try:
+        return b64decode(text[: len(text) // 4 * 4] if len(data) > _HEAD_CHARS else text)
+    except (NotBase64, ValueError):
+        return b""
+
+
+def _audio(data: str) -> Media:
+    head = _head(data[:1024])
+    size = len(data) * 3 // 4
+    rate = _SLOWEST_AUDIO
+    if head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt ":
+        rate = max(int.from_bytes(head[28:32], "little"), rate)
+    return Media(-(-size * AUDIO_TOKENS_PER_SECOND // rate), len(data))
+
+
+def image_tokens(model: str, size: tuple[int, int] | None, *, low: bool = False) -> int:
+    """Tokens of one image of (width, height) pixels; None: not known, so the most that one can have."""
+    name = model.rpartition("/")[2].lower()
+    if "claude" in name:
+        return _CLAUDE_CAP if size is None else min(-(-size[0] // 28) * -(-size[1] // 28), _CLAUDE_CAP)
+    if "gemini" in name:
+        return _GEMINI
+    prefix = next((one for one in _BY_LENGTH if name.startswith(one)), "gpt-4o")
+    if prefix in _PATCHES:
+        return _by_patches(size, *_PATCHES[prefix])
+    base, tile = _TILES[prefix]
+    return base if low else base + tile * _tiles(size)
+
+
+def _tiles(size: tuple[int, int] | None) -> int:
+    if size is None:
+        return 8  # 768 x 2048
+    width, height = size
+    scale = min(1.0, 2048 / max(width, height))
+    scale *= min(1.0, 768 / (min(width, height) * scale))
+    return max(math.ceil(width * scale / 512), 1) * max(math.ceil(height * scale / 512), 1)
+
+
+def _by_patches(size: tuple[int, int] | None, cap: int, factor: float) -> int:
+    patches = cap if size is None else min(-(-size[0] // 32) * -(-size[1] // 32), cap)
+    return math.ceil(patches * factor)
+
+
+def dimensions(data: str) -> tuple[int, int] | None:
+    """Width and height of a PNG, GIF, WebP or JPEG in base64, from its first bytes; None if they do not say."""
+    head = _head(data)
+    size = None
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":
+        size = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    elif head[:4] == b"GIF8":
+        size = int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+    elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        size = _webp(head)
+    elif head[:2] == b"\xff\xd8":
+        size = _jpeg(head)
+    return size if size is not None and size[0] and size[1] else None
+
+
+def _webp(head: bytes) -> tuple[int, int] | None:
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    return None
+
+
+def _jpeg(head: bytes) -> tuple[int, int] | None:
+    """Walks the segments to the frame header (SOF0 to SOF15, without the tables among them)."""
+    at = 2
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        marker = head[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(head[at + 7 : at + 9], "big"), int.from_bytes(head[at + 5 : at + 7], "big")
+        at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
+    return None
