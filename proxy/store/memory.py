@@ -297,7 +297,8 @@ class MemoryStore:
         if missing := self._roll(prepared, now):
             return missing
         windows, parts = self._windows, held.parts
-        wants = [_wanted(ask, parts[place]) if place in parts else (*ask, 1) for place in prepared.places]
+        all_new = (*ask, 1)
+        wants = [_wanted(ask, parts[place]) if place in parts else all_new for place in prepared.places]
         over: Refused | None = None
         for place, bounds, want in zip(prepared.places, prepared.bounds, wants, strict=True):
             if not windows[place].fits(bounds, *want):
