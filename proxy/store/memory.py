@@ -45,7 +45,6 @@ from proxy.store.ledger import MemoryLedger
 
 REAPED_PER_CALL: Final = 20
 """Lost reservations that one call books: no request pays for the crash of a thousand others."""
-_SETTLED_KEPT: Final = 100_000
 _PREPARED: Final = 10_000
 
 Triple = tuple[int, int, int]
@@ -93,7 +92,7 @@ class MemoryStore:
     """`BudgetStore` in this process's memory.
 
     `clock` reads wall milliseconds in UTC. `tombstone_ms`: how long an expired reservation can still be settled late.
-    `records`: how many records the outbox keeps.
+    `records`: how many records the outbox keeps. `settled_kept`: how many settled ids are known as such.
     """
 
     def __init__(
@@ -102,8 +101,10 @@ class MemoryStore:
         clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         tombstone_ms: int = 900_000,
         records: int = 10_000,
+        settled_kept: int = 100_000,
     ) -> None:
         self._clock = clock
+        self._settled_kept = settled_kept
         self._tombstone_ms = tombstone_ms
         self._steady: Steady | None = None  # None while the store is cold
         self._collects_since: int | None = None
@@ -111,7 +112,8 @@ class MemoryStore:
         self._windows: dict[str, ScopeWindows] = {}
         self._reservations: dict[str, _Held | _Settled] = {}
         self._leases: list[tuple[int, str]] = []  # a heap; entries of older leases are skipped when they come up
-        self._ended: deque[tuple[int, str]] = deque()
+        self._settled: deque[tuple[int, str]] = deque()  # when to forget it, and its id; likewise below
+        self._expired: deque[tuple[int, str]] = deque()
         self._ledger = MemoryLedger(records)
         self._prepared: dict[tuple[Scope, ...], _Prepared] = {}
         self._closed = False
@@ -188,7 +190,7 @@ class MemoryStore:
                 self._end(held, place, parts, apart.get(place, actual), now)
         forget_at = now.steady_ms + self._tombstone_ms
         self._reservations[known] = _Settled(forget_at)
-        self._ended.append((forget_at, known))
+        self._settled.append((forget_at, known))
         self._ledger.book(entries, now.wall_ms)
         return Settled(outcome, self._balances(prepared, now), self._epoch)
 
@@ -269,13 +271,17 @@ class MemoryStore:
         now = self._steady.read(self._clock())
         if reap and self._leases and self._leases[0][0] <= now.steady_ms:
             self._reap(now)
-        ended = self._ended
-        while ended and (ended[0][0] <= now.steady_ms or len(ended) > _SETTLED_KEPT):
+        self._forget(self._settled, now.steady_ms, self._settled_kept)
+        self._forget(self._expired, now.steady_ms)
+        return now
+
+    def _forget(self, ended: deque[tuple[int, str]], steady_ms: int, kept: int | None = None) -> None:
+        """Lets go of what ended long ago, and of the oldest where there are more than `kept`."""
+        while ended and (ended[0][0] <= steady_ms or (kept is not None and len(ended) > kept)):
             forget_at, known = ended.popleft()
             held = self._reservations.get(known)
             if held is not None and held.forget_at == forget_at:
                 del self._reservations[known]
-        return now
 
     def _find(self, known: str, now: Moment) -> _Held | _Settled | None:
         held = self._reservations.get(known)
@@ -369,7 +375,7 @@ class MemoryStore:
             ask = (max(ask[0], charged[0]), max(ask[1], charged[1]), max(ask[2], charged[2]))
         held.expired = True
         held.forget_at = now.steady_ms + self._tombstone_ms
-        self._ended.append((held.forget_at, known))
+        self._expired.append((held.forget_at, known))
         fields = ("lost", known, "requests", str(ask[0]), "tokens", str(ask[1]), "nano_usd", str(ask[2]))
         self._ledger.post(fields, now.wall_ms)
 
