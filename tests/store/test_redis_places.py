@@ -114,6 +114,10 @@ async def test_the_master_is_whom_the_sentinels_name_and_another_after_it_is_gon
             with pytest.raises(StoreUnavailable) as caught:
                 await store.settle(settle(2, scope))
             assert caught.value.reason == "refused"
+            async with open_store(url, namespace=NAMESPACE) as another:
+                with pytest.raises(StoreUnavailable) as caught:
+                    await another.balance([scope])
+                assert caught.value.reason == "refused", "what a replica says may be old"
             second.client().execute_command("REPLICAOF", "NO", "ONE")
             assert isinstance(await store.settle(settle(2, scope)), Settled)
 
