@@ -82,7 +82,6 @@ class Connection(asyncio.Protocol):
         self._waiting: deque[Command] = deque()
         self._transport: asyncio.WriteTransport | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._closes = False
         self.over = False
 
     def send(self, commands: Sequence[Command]) -> None:
@@ -96,11 +95,6 @@ class Connection(asyncio.Protocol):
     @property
     def waiting(self) -> int:
         return len(self._waiting)
-
-    def close_when_answered(self) -> None:
-        self._closes = True
-        if not self._waiting:
-            self.abort()
 
     def abort(self, *, late: bool = False) -> None:
         """Closes at once, and gives back what was not answered. Idempotent."""
@@ -133,9 +127,6 @@ class Connection(asyncio.Protocol):
                     return
                 self.owner.answered(self, waiting.popleft(), answer)
         except hiredis.ProtocolError:
-            self.abort()
-            return
-        if self._closes and not waiting:
             self.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:

@@ -100,7 +100,7 @@ class Link:
 
     def _flush(self) -> None:
         self._flushes = False
-        if self._closed or not self._queue:
+        if not self._queue:
             return
         if self._connection is None:
             if self._connecting is None:
@@ -212,8 +212,7 @@ class Link:
             return
         if connection is self._connection:
             self._dialer.moved(fault.target, self._host)
-            self._connection = None
-            connection.close_when_answered()  # more answers of this kind are under way
+            connection.abort()  # what else is under way would get the same answer: it is tried over there
         self._requeue(command)
 
     # -- outcomes ----------------------------------------------------------------------------------------------------

@@ -3,17 +3,15 @@
 Nothing here waits, so every verb is one step that no other request can come between. What decides stands in
 `budget.windows`; here stand the reservations and their leases.
 
-Bounded: windows are one per configured scope, reservations end by lease, and what is remembered of ended ones leaves by
-age and, for settled ones, by number. (A settle can be repeated only where a reply can be lost. Here none can.)
+Bounded: windows are one per configured scope, reservations end by lease, and what is remembered of ended ones leaves
+by age and, for settled ones, by number. (A settle is repeated where a reply was lost. Here none can be.)
 """
 
 from __future__ import annotations
 
-import heapq
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from typing import Final
 
 from proxy.budget.amounts import Amounts, Bounds, Part, Shortfall
 from proxy.budget.clocks import Moment, Steady
@@ -42,39 +40,9 @@ from proxy.store.base import (
     checked_scopes,
 )
 from proxy.store.ledger import MemoryLedger
+from proxy.store.reservations import Held, Over, Reservations, Triple
 
-REAPED_PER_CALL: Final = 20
-"""Lost reservations that one call books: no request pays for the crash of a thousand others."""
-_SETTLED_KEPT: Final = 100_000
 _PREPARED: Final = 10_000
-
-Triple = tuple[int, int, int]
-
-
-class _Held:
-    """A reservation that is live or expired."""
-
-    __slots__ = ("charged", "expired", "forget_at", "lease_until", "on_lost", "parts", "windows")
-
-    def __init__(self, lease_until: int, on_lost: Literal["charge", "refund"]) -> None:
-        self.lease_until = lease_until
-        self.on_lost = on_lost
-        self.parts: dict[str, list[Part]] = {}
-        """By place of the scope."""
-        self.expired = False
-        self.charged: dict[str, Triple] = {}
-        """Once expired: what it was charged, and the calendar windows of that, by place."""
-        self.windows: dict[str, Triple] = {}
-        self.forget_at = 0
-
-
-class _Settled:
-    """A reservation that is over for good."""
-
-    __slots__ = ("forget_at",)
-
-    def __init__(self, forget_at: int) -> None:
-        self.forget_at = forget_at
 
 
 class _Prepared:
@@ -93,7 +61,7 @@ class MemoryStore:
     """`BudgetStore` in this process's memory.
 
     `clock` reads wall milliseconds in UTC. `tombstone_ms`: how long an expired reservation can still be settled late.
-    `records`: how many records the outbox keeps.
+    `records`: how many records the outbox keeps. `settled_kept`: how many settled ids are known as such.
     """
 
     def __init__(
@@ -102,6 +70,7 @@ class MemoryStore:
         clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         tombstone_ms: int = 900_000,
         records: int = 10_000,
+        settled_kept: int = 100_000,
     ) -> None:
         self._clock = clock
         self._tombstone_ms = tombstone_ms
@@ -109,9 +78,7 @@ class MemoryStore:
         self._collects_since: int | None = None
         self._epoch = 0
         self._windows: dict[str, ScopeWindows] = {}
-        self._reservations: dict[str, _Held | _Settled] = {}
-        self._leases: list[tuple[int, str]] = []  # a heap; entries of older leases are skipped when they come up
-        self._ended: deque[tuple[int, str]] = deque()
+        self._reservations = Reservations(settled_kept)
         self._ledger = MemoryLedger(records)
         self._prepared: dict[tuple[Scope, ...], _Prepared] = {}
         self._closed = False
@@ -125,14 +92,13 @@ class MemoryStore:
         now = self._now()
         if now is None:
             return Cold()
-        held = self._find(known, now)
-        if held is not None:
-            return self._granted(prepared, now) if isinstance(held, _Held) and not held.expired else Ended()
-        held = _Held(now.steady_ms + reservation.lease_ms, reservation.on_lost)
+        found = self._reservations.find(known, now.steady_ms)
+        if found is not None:
+            return self._granted(prepared, now) if isinstance(found, Held) and not found.expired else Ended()
+        held = Held(now.steady_ms + reservation.lease_ms, reservation.on_lost)
         verdict = self._cover(held, prepared, ask, now)
         if isinstance(verdict, Granted):
-            self._reservations[known] = held
-            heapq.heappush(self._leases, (held.lease_until, known))
+            self._reservations.add(known, held)
         return verdict
 
     async def top_up(
@@ -151,8 +117,8 @@ class MemoryStore:
         now = self._now()
         if now is None:
             return Cold()
-        held = self._find(known, now)
-        if not isinstance(held, _Held) or held.expired:
+        held = self._reservations.live(known, now.steady_ms)
+        if held is None:
             return Ended()
         verdict = self._cover(held, prepared, amounts, now)
         if isinstance(verdict, Granted):
@@ -174,21 +140,19 @@ class MemoryStore:
             return Cold()
         if missing := self._roll(prepared, now):
             return missing
-        held = self._find(known, now)
+        held = self._reservations.find(known, now.steady_ms)
         outcome: Outcome
         if held is None:
             outcome = "unknown"
             for place in prepared.places:
                 self._windows[place].charge(*apart.get(place, actual))
-        elif isinstance(held, _Settled):
+        elif isinstance(held, Over):
             return Settled("already", self._balances(prepared, now), self._epoch)
         else:
             outcome = "late" if held.expired else "settled"
             for place, parts in held.parts.items():
                 self._end(held, place, parts, apart.get(place, actual), now)
-        forget_at = now.steady_ms + self._tombstone_ms
-        self._reservations[known] = _Settled(forget_at)
-        self._ended.append((forget_at, known))
+        self._reservations.settle(known, now.steady_ms + self._tombstone_ms)
         self._ledger.book(entries, now.wall_ms)
         return Settled(outcome, self._balances(prepared, now), self._epoch)
 
@@ -201,12 +165,11 @@ class MemoryStore:
         lost = []
         until = now.steady_ms + lease_ms
         for known in reservation_ids:
-            held = self._find(known, now)
-            if not isinstance(held, _Held) or held.expired:
+            held = self._reservations.live(known, now.steady_ms)
+            if held is None:
                 lost.append(known)
-            elif held.lease_until < until:
-                held.lease_until = until
-                heapq.heappush(self._leases, (until, known))
+            else:
+                self._reservations.renew(known, held, until)
         self._reap(now)
         return tuple(lost)
 
@@ -267,19 +230,10 @@ class MemoryStore:
         if self._steady is None:
             return None
         now = self._steady.read(self._clock())
-        if reap and self._leases and self._leases[0][0] <= now.steady_ms:
+        if reap:
             self._reap(now)
-        ended = self._ended
-        while ended and (ended[0][0] <= now.steady_ms or len(ended) > _SETTLED_KEPT):
-            forget_at, known = ended.popleft()
-            held = self._reservations.get(known)
-            if held is not None and held.forget_at == forget_at:
-                del self._reservations[known]
+        self._reservations.forget(now.steady_ms)
         return now
-
-    def _find(self, known: str, now: Moment) -> _Held | _Settled | None:
-        held = self._reservations.get(known)
-        return None if held is not None and 0 < held.forget_at <= now.steady_ms else held
 
     def _roll(self, prepared: _Prepared, now: Moment) -> Cold | None:
         """Brings all windows up to now; Cold if there are none for a scope."""
@@ -292,12 +246,13 @@ class MemoryStore:
             return Cold(tuple(scope for scope in missing if scope.place not in windows))
         return None
 
-    def _cover(self, held: _Held, prepared: _Prepared, ask: Triple, now: Moment) -> Granted | Refused | Cold:
+    def _cover(self, held: Held, prepared: _Prepared, ask: Triple, now: Moment) -> Granted | Refused | Cold:
         """Holds what is missing up to `ask`, in all scopes or none."""
         if missing := self._roll(prepared, now):
             return missing
         windows, parts = self._windows, held.parts
-        wants = [_wanted(ask, parts[place]) if place in parts else (*ask, 1) for place in prepared.places]
+        all_new = (*ask, 1)
+        wants = [_wanted(ask, parts[place]) if place in parts else all_new for place in prepared.places]
         over: Refused | None = None
         for place, bounds, want in zip(prepared.places, prepared.bounds, wants, strict=True):
             if not windows[place].fits(bounds, *want):
@@ -337,7 +292,7 @@ class MemoryStore:
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
-    def _end(self, held: _Held, place: str, parts: list[Part], used: Triple, now: Moment) -> None:
+    def _end(self, held: Held, place: str, parts: list[Part], used: Triple, now: Moment) -> None:
         windows = self._windows[place]
         windows.roll(now)
         if held.expired:
@@ -346,31 +301,20 @@ class MemoryStore:
             windows.release(parts, *used)
 
     def _reap(self, now: Moment) -> None:
-        """Books reservations whose lease is over, the oldest first."""
-        reaped = 0
-        while self._leases and self._leases[0][0] <= now.steady_ms and reaped < REAPED_PER_CALL:
-            until, known = heapq.heappop(self._leases)
-            held = self._reservations.get(known)
-            if isinstance(held, _Held) and not held.expired and held.lease_until == until:
-                self._expire(known, held, now)
-                reaped += 1
-
-    def _expire(self, known: str, held: _Held, now: Moment) -> None:
-        ask = (0, 0, 0)
-        for place, parts in held.parts.items():
-            windows = self._windows[place]
-            windows.roll(now)
-            asked = _asked(parts)
-            charged = asked if held.on_lost == "charge" else (0, 0, 0)
-            windows.release(parts, *charged)
-            held.charged[place] = charged
-            held.windows[place] = (windows.hour, windows.day, windows.month)
-            ask = (max(ask[0], charged[0]), max(ask[1], charged[1]), max(ask[2], charged[2]))
-        held.expired = True
-        held.forget_at = now.steady_ms + self._tombstone_ms
-        self._ended.append((held.forget_at, known))
-        fields = ("lost", known, "requests", str(ask[0]), "tokens", str(ask[1]), "nano_usd", str(ask[2]))
-        self._ledger.post(fields, now.wall_ms)
+        """Books reservations whose lease is over."""
+        for known, held in self._reservations.overdue(now.steady_ms):
+            most = (0, 0, 0)
+            for place, parts in held.parts.items():
+                windows = self._windows[place]
+                windows.roll(now)
+                charged = _asked(parts) if held.on_lost == "charge" else (0, 0, 0)
+                windows.release(parts, *charged)
+                held.charged[place] = charged
+                held.windows[place] = (windows.hour, windows.day, windows.month)
+                most = (max(most[0], charged[0]), max(most[1], charged[1]), max(most[2], charged[2]))
+            self._reservations.expire(known, held, now.steady_ms + self._tombstone_ms)
+            fields = ("lost", known, "requests", str(most[0]), "tokens", str(most[1]), "nano_usd", str(most[2]))
+            self._ledger.post(fields, now.wall_ms)
 
 
 def _asked(parts: Sequence[Part]) -> Triple:

@@ -246,7 +246,7 @@ class RedisStore:
 
 
 def _packed_limits(scope: Scope) -> bytes:
-    limits = (-1 if limit is None else limit for limit in scope.limits.values())
+    limits = scope.limits.bounds()
     return _LIMITS.pack(*limits, 1 if scope.enforced else 0)
 
 

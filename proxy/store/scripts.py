@@ -7,11 +7,11 @@ from importlib import resources
 from typing import Final
 
 _SHARED: Final = {
-    "reserve": ("windows", "admission"),
-    "top_up": ("windows", "admission"),
-    "settle": ("windows",),
-    "extend": ("windows",),
-    "balance": ("windows",),
+    "reserve": ("windows", "reservations", "admission"),
+    "top_up": ("windows", "reservations", "admission"),
+    "settle": ("windows", "reservations"),
+    "extend": ("windows", "reservations"),
+    "balance": ("windows", "reservations"),
     "seed": ("windows",),
 }
 

@@ -448,6 +448,20 @@ async def test_an_ended_reservation_is_forgotten_in_time(store: BudgetStore, clo
     assert isinstance(await store.reserve(ask(1, scope)), Granted)
 
 
+async def test_a_late_settle_is_remembered_from_the_time_it_came(store: BudgetStore, clock: Clock) -> None:
+    scope = tenant()
+    await opened(store, scope)
+    await store.reserve(ask(1, scope, lease_ms=1000))
+    clock.now += 1000
+    await balance(store, scope)
+    clock.now += 600_000
+    await store.settle(settle(1, scope))
+    clock.now += 600_000
+    settled = await store.settle(settle(1, scope))
+    assert isinstance(settled, Settled)
+    assert settled.outcome == "already"
+
+
 # -- top-up ----------------------------------------------------------------------------------------------------------
 
 

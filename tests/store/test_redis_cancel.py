@@ -61,6 +61,43 @@ async def test_a_cancelled_command_never_gives_its_answer_to_another(redis_serve
     assert proxy.connections > 5, "and connections broke in between"
 
 
+async def test_an_answer_that_nobody_asked_for_ends_the_connection() -> None:
+    connections = 0
+
+    async def talkative(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await reader.read(1 << 16):
+            writer.write(b"+mine\r\n+nobody's\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(talkative, "127.0.0.1", 0)
+    address = parse_address(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    link = Link(Dialer(address, tag=b"", setup=LONG_MS / 1000), timeout=LONG_MS / 1000, texts={})
+    for number in range(1, 4):
+        assert await link.submit((b"PING",)) == b"mine"
+        assert connections == number
+    await link.aclose()
+    server.close()
+
+
+@pytest.mark.parametrize("said", [b"nonsense\r\n", b"$-7\r\n", b""])
+async def test_an_answer_that_cannot_be_read_ends_the_connection(said: bytes) -> None:
+    async def strange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1 << 16)
+        writer.write(said)
+        writer.close()
+
+    server = await asyncio.start_server(strange, "127.0.0.1", 0)
+    address = parse_address(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    link = Link(Dialer(address, tag=b"", setup=LONG_MS / 1000), timeout=LONG_MS / 1000, texts={})
+    with pytest.raises(StoreUnavailable) as caught:
+        await link.submit((b"PING",))
+    assert (caught.value.reason, caught.value.uncertain) == ("closed", True)
+    await link.aclose()
+    server.close()
+
+
 async def test_a_cancelled_reservation_is_undone_by_its_settlement_in_whatever_order(redis_server: RedisServer) -> None:
     scope, random = tenant(), Random(7)
 

@@ -114,6 +114,10 @@ async def test_the_master_is_whom_the_sentinels_name_and_another_after_it_is_gon
             with pytest.raises(StoreUnavailable) as caught:
                 await store.settle(settle(2, scope))
             assert caught.value.reason == "refused"
+            async with open_store(url, namespace=NAMESPACE) as another:
+                with pytest.raises(StoreUnavailable) as caught:
+                    await another.balance([scope])
+                assert caught.value.reason == "refused", "what a replica says may be old"
             second.client().execute_command("REPLICAOF", "NO", "ONE")
             assert isinstance(await store.settle(settle(2, scope)), Settled)
 
@@ -200,7 +204,7 @@ async def test_a_cluster_is_followed_wherever_our_slot_goes(cluster: tuple[Redis
         assert {each.outcome for each in verdicts if isinstance(each, Settled)} == {"settled"}
         row = await row_of(store, scope)
         assert (row.live, row.held_tokens, row.minute_tokens) == (0, 0, 100)
-        assert old.client().info("errorstats")["errorstat_MOVED"]["count"] == 20, "one turn's worth, and no more"
+        assert old.client().info("errorstats")["errorstat_MOVED"]["count"] <= 20, "one turn's worth, and no more"
         # Whoever slept through all this finds the old owner gone, and asks the member that it once heard of.
         old.stop()
         found = await quiet.balance([scope])

@@ -1,7 +1,6 @@
 -- extend: gives live reservations a new lease from now on.
 -- ARGV[5] milliseconds of lease, ARGV[6...] ids
 -- Answers X (places of the ids that are live no more), C cold.
-local is_open = read_clock(ARGV[1])
 if not is_open then return 'C' end
 local lease_until = steady + whole(ARGV[5], MAX_SUM)
 local longer, gone = {}, {}
@@ -22,7 +21,7 @@ end
 for index = 1, #longer do
   -- Removed first: with that a script may go on although memory is full.
   call('ZREM', KEYS[2], longer[index])
-  call('ZADD', KEYS[2], exact(lease_until), longer[index])
+  call('ZADD', KEYS[2], format('%.0f', lease_until), longer[index])
 end
 reap()
 flush()

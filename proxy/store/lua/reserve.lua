@@ -4,7 +4,6 @@
 -- ARGV[11...] limits, one for each scope
 -- Answers G granted (epoch, rows), O granted over a limit that is not enforced (epoch, refusal, rows), R refused
 -- (epoch, scope, window, limit, used, reserved, wait, reset), E ended, C cold (numbers of the unknown scopes).
-local is_open = read_clock(ARGV[1])
 if not is_open then return 'C' end
 local id, lease = ARGV[5], whole(ARGV[6], MAX_SUM)
 local want = {whole(ARGV[8], MAX_AMOUNT), whole(ARGV[9], MAX_AMOUNT), whole(ARGV[10], MAX_AMOUNT), 1}
@@ -15,22 +14,22 @@ if record then
     flush()
     return 'E'
   end
-  local scopes, missing = load_all(5)
+  local scopes, missing = load_all(5, #KEYS)
   flush()
   return scopes and granted(scopes) or 'C' .. missing
 end
 
-local scopes, missing = load_all(5)
+local scopes, missing = load_all(5, #KEYS)
 if not scopes then
   flush()
   return 'C' .. missing
 end
 local limits, wants = {}, {}
-for index = 1, #scopes do limits[index], wants[index] = read_limits(ARGV[10 + index]), want end
+for index = 1, #scopes do limits[index], wants[index] = {unpack_at('<dddddddd', ARGV[10 + index])}, want end
 local refused, over = judge(scopes, limits, wants)
 if refused then
   flush()
-  return 'R' .. pack('<l', epoch) .. pack_refusal(refused)
+  return 'R' .. pack('<l', epoch) .. refused
 end
 record = {LIVES, whole(ARGV[7], 1), 0}
 for index = 1, #scopes do
@@ -40,5 +39,5 @@ for index = 1, #scopes do
 end
 flush()
 call('SET', KEYS[4], cmsgpack.pack(record))
-call('ZADD', KEYS[2], exact(steady + lease), id)
+call('ZADD', KEYS[2], format('%.0f', steady + lease), id)
 return granted(scopes, over)

@@ -2,42 +2,47 @@
 -- KEYS[4] since when it collects, KEYS[5...] scopes
 -- ARGV[5] milliseconds to collect, ARGV[6...] for each scope: hour, day, month, and what was spent in them, as doubles
 -- Answers D (milliseconds still to collect, 1 if this call was the first to reach an empty store).
-local is_open = read_clock(ARGV[1])
 local collect = whole(ARGV[5], MAX_SUM)
 local since = not is_open and call('GET', KEYS[4])
 for index = 5, #KEYS do
   local known = {unpack_at('<dddddd', ARGV[index + 1])}
   local scope = load(KEYS[index])
   if not scope then
-    scope = {LAYOUT, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, hour, day, month, 0, 0, 0, second - RING, steady}
-    scope.created = string.rep('\0', HEAD_BYTES + RING * BUCKET_BYTES)
-    remember(KEYS[index], scope)
-    scope.changed = true
+    scope = open_scope(KEYS[index], pack(HEAD, LAYOUT, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, hour, day, month, 0, 0, 0,
+      second - RING, steady) .. string.rep('\0', RING * BUCKET_BYTES))
+    scope.created, scope.changed = true, true
   end
   for kind = 0, 2 do
-    local id, spent = HOUR_ID + kind, HOUR_SPENT + kind
+    local id, spent = WINDOW + kind, WINDOW_SPENT + kind
     if known[1 + kind] >= scope[id] then
       local here = known[1 + kind] == scope[id] and scope[spent] or 0
       scope[id], scope[spent], scope.changed = known[1 + kind], max(here, known[4 + kind]), true
     end
   end
 end
+local function write_all()
+  for index = 1, #order do
+    if order[index].changed then write_scope(order[index]) end
+  end
+end
+
 if is_open then
-  flush()
+  write_all()
+  if clock_moved then write_epoch() end
   return 'D' .. pack('<ll', 0, 0)
 end
 
 local first = since and 0 or 1
-since = whole(since or exact(wall), MAX_SUM)
+since = whole(since or format('%.0f', wall), MAX_SUM)
 local wait = min(collect, since + collect - wall)
 if wait > 0 then
-  flush()
+  write_all()
   -- Forgotten by itself, so that processes that die while it collects do not leave a store that opens too early.
-  call('SET', KEYS[4], exact(since), 'PX', exact(collect * 10))
+  call('SET', KEYS[4], format('%.0f', since), 'PX', format('%.0f', collect * 10))
   return 'D' .. pack('<ll', wait, first)
 end
-epoch, clock_last, clock_shift, clock_moved = wall, wall, 0, false
-flush()
+epoch, clock_last, clock_shift = wall, wall, 0
+write_all()
 local done = write_epoch()
 if done.err then return done end
 call('DEL', KEYS[4])

@@ -4,11 +4,10 @@
 -- ARGV[9] the actual amounts as three doubles, ARGV[10...] the same for each scope, then for each entry: the tenant as
 -- part of a key, the field, the field for the overflow, counts as doubles, the number of words of its record, the words
 -- Answers S settled, A already, L late, U unknown (each with epoch, rows), C cold (numbers of the unknown scopes).
-local is_open = read_clock(ARGV[1])
 if not is_open then return 'C' end
 reap()
 local record = read_record(KEYS[4])
-local scopes, missing = load_all(5)
+local scopes, missing = load_all(5, #KEYS)
 if not scopes then
   flush()
   return 'C' .. missing
@@ -31,7 +30,7 @@ for index = 1, #scopes do own[KEYS[4 + index]] = amounts(ARGV[9 + index]) end
 local rollups, rollup_order, records = {}, {}, {}
 local function read_entry(at)
   local tenant, field, counts, words = ARGV[at], ARGV[at + 1], ARGV[at + 3], whole(ARGV[at + 4], 200)
-  local index_key = ARGV[6] .. exact(hour)
+  local index_key = ARGV[6] .. format('%.0f', hour)
   local key = index_key .. ':' .. tenant
   local known = call('HGET', key, field)
   local fresh
@@ -62,24 +61,19 @@ while at <= #ARGV do at = read_entry(at) end
 if #records > 0 then call('XLEN', KEYS[3]) end
 
 local answer
+local finish, correct, spend = ends()
 if not record then
   answer = 'U'
-  for index = 1, #scopes do
-    local used = own[KEYS[4 + index]]
-    spend_now(scopes[index], used[1], used[2], used[3])
-    if used[3] > 0 then spend_calendar(scopes[index], used[3]) end
-  end
+  for index = 1, #scopes do spend(scopes[index], own[KEYS[4 + index]]) end
 else
   answer = record[1] == EXPIRED and 'L' or 'S'
   for index = 4, #record do
     local entry = record[index]
-    local scope = load(entry[1], true)
+    -- Windows that are gone have nothing to give back; those of this call's scopes are there.
+    local scope = load(entry[1])
     local used = own[entry[1]] or actual
-    if scope and answer == 'S' then
-      finish(scope, entry, used)
-    elseif scope and entry[3] == scope[BORN] then
-      correct(scope, entry[2], entry[4], used, entry[5])
-    end
+    if scope and answer == 'S' then finish(scope, entry, used) end
+    if scope and answer == 'L' then correct(scope, entry, used) end
   end
 end
 

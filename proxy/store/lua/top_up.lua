@@ -3,7 +3,6 @@
 -- ARGV[5] number of scopes to cover, [6] requests, [7] tokens, [8] nano-USD, ARGV[9...] limits of the scopes to cover,
 -- then what was used in each scope to leave, as three doubles
 -- Answers as reserve.
-local is_open = read_clock(ARGV[1])
 if not is_open then return 'C' end
 local covered = whole(ARGV[5], #KEYS)
 local ask = {whole(ARGV[6], MAX_AMOUNT), whole(ARGV[7], MAX_AMOUNT), whole(ARGV[8], MAX_AMOUNT)}
@@ -16,18 +15,14 @@ end
 local entries = {}
 for index = 4, #record do entries[record[index][1]] = record[index] end
 
-local scopes, missing = {}, {}
-for index = 1, covered do
-  local scope = load(KEYS[4 + index])
-  if scope then scopes[#scopes + 1] = scope else missing[#missing + 1] = pack('<l', index - 1) end
-end
-if #missing > 0 then
+local scopes, missing = load_all(5, 4 + covered)
+if not scopes then
   flush()
-  return 'C' .. table.concat(missing)
+  return 'C' .. missing
 end
 local limits, wants = {}, {}
 for index = 1, covered do
-  limits[index] = read_limits(ARGV[8 + index])
+  limits[index] = {unpack_at('<dddddddd', ARGV[8 + index])}
   local entry = entries[KEYS[4 + index]]
   if entry and entry[3] ~= scopes[index][BORN] then
     -- These windows were lost and seeded anew, and never held it: it joins them like any other.
@@ -43,16 +38,17 @@ end
 local refused, over = judge(scopes, limits, wants)
 if refused then
   flush()
-  return 'R' .. pack('<l', epoch) .. pack_refusal(refused)
+  return 'R' .. pack('<l', epoch) .. refused
 end
 
 local left = {}
+local finish = ends()
 for index = covered + 1, #KEYS - 4 do
   local key = KEYS[4 + index]
   if entries[key] then
     left[key] = true
     local used = {unpack_at('<ddd', ARGV[8 + index])}
-    local scope = load(key, true)
+    local scope = load(key)
     if scope then finish(scope, entries[key], used) end
   end
 end
