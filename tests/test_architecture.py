@@ -26,7 +26,7 @@ LAYOUT = Layout(
         (3, "proxy.pipeline"),
         (4, "proxy.edge proxy.admin"),
         (5, "proxy.config proxy.config.settings"),
-        (6, "proxy.app"),  # the only module that names concrete classes
+        (6, "proxy.app proxy.app.__init__"),  # the only room that names concrete classes
         (7, "proxy.cli proxy.cli.__init__"),
         (8, "proxy.__main__"),
     ),

@@ -60,6 +60,13 @@ class Settings(Section):
 
     listen: ListenSettings = ListenSettings()
     """Where the proxy listens, and what it accepts from a client."""
+    state: SecretStr = SecretStr("memory://")
+    """Where budgets are kept: memory:// (this process alone), or redis://HOST:PORT/DB, shared by all that name it;
+    also rediss://, redis+sentinel://HOST,HOST/SERVICE, redis+cluster://HOST,HOST."""
+    state_namespace: str = Field(default="0", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Deployments of different namespaces share a Redis and nothing in it."""
+    state_timeout_ms: int = Field(default=50, ge=1, le=10_000)
+    """Milliseconds that a call to Redis may take."""
     admin: AdminSettings = AdminSettings()
     """Who may use /admin."""
     providers: dict[str, ProviderSettings] = Field(min_length=1)
@@ -89,9 +96,11 @@ class Settings(Section):
         return self
 
     def secrets(self) -> frozenset[str]:
-        """The value of every secret, and the password of every URL among them: what must not appear in a log."""
+        """The value of every secret: what must not appear in a log. Of a URL it is the password, and all around it."""
         values = {secret.get_secret_value() for secret in _secrets(self)} - {CLIENT}
-        return frozenset(values | {password for value in values if (password := _password(value))})
+        passwords = {value: _password(value) for value in values if "://" in value}
+        open_urls = {value for value, password in passwords.items() if not password}
+        return frozenset(values - open_urls | {password for password in passwords.values() if password})
 
 
 def _secrets(value: object) -> Iterator[SecretStr]:

@@ -1,0 +1,65 @@
+"""Providers and their transports, as the configuration wants them."""
+
+from __future__ import annotations
+
+import ssl
+
+from proxy.observability.scrub import Scrubber
+from proxy.providers.base import Provider
+from proxy.providers.mock.counting import real_counts
+from proxy.providers.mock.handler import Mock
+from proxy.providers.mock.script import read_script
+from proxy.providers.openai import OpenAIProvider, Timeouts
+from proxy.providers.settings import OpenAISettings, ProviderSettings
+from proxy.transport.base import Transport
+from proxy.transport.http1 import Http1Transport
+from proxy.transport.scripted import ScriptedTransport
+from proxy.types import Headers
+
+
+def provider_of(name: str, settings: ProviderSettings, scrubber: Scrubber) -> Provider:
+    """Raises OSError and ScriptError for files that cannot be read."""
+    limits = settings.timeouts
+    timeouts = Timeouts(limits.first_event_ms / 1000, limits.idle_ms / 1000, limits.total_ms / 1000)
+    if not isinstance(settings, OpenAISettings):
+        mock = Mock(
+            real_counts(),
+            seed=settings.seed,
+            tokens_per_second=settings.tokens_per_second,
+            first_token_ms=settings.first_token_ms,
+            script=read_script(settings.script) if settings.script is not None else None,
+        )
+        return OpenAIProvider(name, "http://mock/v1", ScriptedTransport(mock), timeouts)
+    headers: Headers = []
+    if settings.organization is not None:
+        headers.append((b"openai-organization", settings.organization.encode()))
+    if settings.project is not None:
+        headers.append((b"openai-project", settings.project.encode()))
+    key = settings.credential
+    return OpenAIProvider(
+        name,
+        settings.base_url,
+        _transport(settings),
+        timeouts,
+        api_key=key.get_secret_value() if key is not None else None,
+        callers_key=settings.passes_client_key,
+        extra_headers=headers,
+        scrub=scrubber.scrub_bytes,
+    )
+
+
+def _transport(settings: OpenAISettings) -> Transport:
+    context = ssl.create_default_context(cafile=str(settings.ca_file)) if settings.ca_file is not None else None
+    connect = settings.timeouts.connect_ms / 1000
+    if settings.transport == "http1":
+        return Http1Transport(max_connections=settings.max_connections, connect_timeout=connect, ssl_context=context)
+    from proxy.transport.httpx import HttpxTransport
+
+    proxy = settings.egress_proxy
+    return HttpxTransport(
+        max_connections=settings.max_connections,
+        connect_timeout=connect,
+        ssl_context=context,
+        http2=settings.http2,
+        egress_proxy=proxy.get_secret_value() if proxy is not None else None,
+    )
