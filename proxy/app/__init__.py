@@ -97,6 +97,7 @@ def create_app(
         budgets=lambda: gauges_of(budget),
     )
     budget.observe = metrics.estimated
+    budget.refusals.count = metrics.budget_refused
     bus.subscribe(metrics)
     local = is_loopback(listen.host)
     side = Side(

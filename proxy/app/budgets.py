@@ -71,6 +71,7 @@ def budget_of(settings: Settings, bus: Bus, counter: Counter) -> Budget:
         clock=clock,
         emit=bus.emit,
         prompt=alone,
+        recorded=not alone,
     )
 
 
@@ -113,6 +114,7 @@ async def budgets_shown(budget: Budget, tenant: str | None) -> list[dict[str, An
 async def used(budget: Budget, span_ms: int, by: list[str]) -> list[dict[str, Any]]:
     """As JSON: what was used in the last `span_ms` milliseconds, in whole hours. Raises StoreUnavailable."""
     names = [one for name in by for one in DIMENSIONS if one == name]
+    await budget.daybook.flush()
     now = budget.wall_ms()
     since = (now - span_ms) // ROLLUP_MS * ROLLUP_MS
     try:

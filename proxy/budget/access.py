@@ -32,6 +32,7 @@ from proxy.store.base import (
     Refused,
     Reservation,
     Scope,
+    Settled,
     Settlement,
     StoreUnavailable,
 )
@@ -134,8 +135,8 @@ class Access:
         self.watch.saw(balances)
         return balances
 
-    async def settle(self, settlement: Settlement) -> None:
-        """Books it now, or keeps it until the store takes it. Never raises StoreUnavailable."""
+    async def settle(self, settlement: Settlement) -> Settled | None:
+        """Books it now; None: it is kept until the store takes it. Never raises StoreUnavailable."""
         self.live.discard(settlement.id)
         if not self.away:
             try:
@@ -147,8 +148,9 @@ class Access:
                 raise
             else:
                 self.watch.saw(settled.balances)
-                return
+                return settled
         self._keep(settlement)
+        return None
 
     def _keep(self, settlement: Settlement) -> None:
         if len(self.waiting) >= self._queued:

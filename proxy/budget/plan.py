@@ -19,9 +19,9 @@ import msgspec
 from proxy.budget.amounts import MAX_AMOUNT, Amounts
 from proxy.budget.estimate import Estimate, Expectations, Exposure, estimate
 from proxy.budget.policy import Policy, Reach
-from proxy.budget.pricing import PriceBook, Rates, ceiling, cost
+from proxy.budget.pricing import PriceBook, Rates, ceiling, cost, usable
 from proxy.money import PER_MILLION
-from proxy.store.base import Scope
+from proxy.store.base import NOTHING, Scope
 from proxy.types import Ask, Target, Usage
 
 _LIMITS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -70,8 +70,7 @@ def _decoded(raw: msgspec.Raw) -> object:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, gc=False):
     """What is to be reserved for one attempt at one target."""
 
     target: Target
@@ -101,7 +100,7 @@ class Planner:
         """What to reserve. Prices that nobody knows count as nothing here: whether they may is decided elsewhere."""
         settings = policy.settings
         facts = self.book.facts(target, want.service_tier)
-        rates = self.book.rates(target, want.ask.dialect, want.service_tier)
+        rates = usable(facts.rates, want.ask.dialect)
         found = estimate(
             input_tokens=want.input_tokens,
             asked=want.asked,
@@ -141,6 +140,13 @@ class Planner:
             0 if cuts else max(most.nano_usd - ask.nano_usd, 0),
             cap,
         )
+
+    def unreserved(self, want: Want, policy: Policy, target: Target) -> Plan:
+        """For an attempt that nothing is reserved for: its price, and what to expect of it. Its ask is nothing."""
+        facts = self.book.facts(target, want.service_tier)
+        expected = self.expectations.output(policy.tenant, target.label, want.asked) if want.generates else 0
+        found = Estimate(want.input_tokens, expected * want.choices, expected * want.choices)
+        return Plan(target, usable(facts.rates, want.ask.dialect), None, found, NOTHING, NOTHING, 0, 0)
 
     def _fits(
         self,
