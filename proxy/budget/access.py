@@ -121,6 +121,15 @@ class Access:
 
     async def reserve(self, reservation: Reservation) -> Granted | Refused | Ended:
         """Raises StoreUnavailable. After that, or when cancelled, the reservation may stand: settle it either way."""
+        if not self.away:
+            try:
+                verdict = await self.store.reserve(reservation)
+            except StoreUnavailable as error:
+                self._lost(error.reason)
+                raise
+            if not isinstance(verdict, Cold):
+                self.reached = True
+                return self._seen(verdict)
         return self._seen(await self._call(lambda: self.store.reserve(reservation)))
 
     async def top_up(
@@ -140,9 +149,11 @@ class Access:
         self.live.discard(settlement.id)
         if not self.away:
             try:
-                settled = await self._call(lambda: self.store.settle(settlement))
-            except StoreUnavailable:
-                pass
+                settled = await self.store.settle(settlement)
+                if isinstance(settled, Cold):
+                    settled = await self._call(lambda: self.store.settle(settlement))
+            except StoreUnavailable as error:
+                self._lost(error.reason)
             except asyncio.CancelledError:
                 self._keep(settlement)
                 raise

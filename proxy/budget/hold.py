@@ -190,7 +190,8 @@ class Budget:
         held, want = charge.held, charge.want
         bound = charge.policy.at(target.provider)
         if bound.enforced:
-            await self.count(want, target)
+            if not want.input_bound:
+                await self.count(want, target)
         elif want.ask.fields and not want.input_bound:
             want.input_tokens = len(want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
         if held.state is None or (held.state == "open" and bound.reserves and not charge.degraded):

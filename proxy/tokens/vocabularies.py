@@ -131,6 +131,11 @@ class Vocabularies:
             self._fill(name, future)
         return future.result()
 
+    def ready(self, encoding: str) -> Vocabulary | None:
+        """The vocabulary, if it is loaded."""
+        future = self._loads.get(_RANKS_OF[encoding])
+        return future.result() if future is not None and future.done() and future.exception() is None else None
+
     async def get(self, encoding: str) -> Vocabulary:
         """The same without blocking. A cancelled caller leaves the load running for the others."""
         name = _RANKS_OF[encoding]
