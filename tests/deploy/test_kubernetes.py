@@ -72,6 +72,7 @@ def test_no_container_can_do_more_than_it_must(name: str, pod: dict[str, Any], c
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False, "a service's name would bring variables that look like ours"
     assert own["allowPrivilegeEscalation"] is False
     assert own["capabilities"] == {"drop": ["ALL"]}
     if not name.endswith("/agent"):  # which is not ours
