@@ -81,7 +81,12 @@ class Charge(Tab):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._leave(partial(self._close, complete=kind is None))
+        attempt = self._attempt
+        if self._budget.prompt and (attempt is None or attempt.usage is not None):
+            # Nothing to count, and a store that never waits: no cancellation can come in between.
+            await self._finish(complete=kind is None)
+        else:
+            await self._leave(partial(self._close, complete=kind is None))
 
     async def _open(self) -> None:
         refused: ProxyError | None = None
@@ -100,14 +105,6 @@ class Charge(Tab):
             raise min(self._full.values(), key=lambda full: full.retry_after_ms)
         assert refused is not None
         raise refused
-
-    async def _close(self, *, complete: bool) -> None:
-        attempt = self._attempt
-        if self._budget.prompt and (attempt is None or attempt.usage is not None):
-            # Nothing to count, and a store that never waits: no cancellation can come in between.
-            await self._finish(complete=complete)
-        else:
-            await super()._close(complete=complete)
 
     async def _finish(self, *, complete: bool) -> None:
         try:
@@ -188,4 +185,5 @@ class Charge(Tab):
             apart[2] += line.nano_usd or 0
         held.entries.extend(entries_of((line,), recorded=self._budget.recorded))
         if learn:
-            self._budget.learn(self.policy.tenant, attempt.plan, line.usage, self.want.choices)
+            output = -(-line.usage.output // self.want.choices)
+            self._budget.expectations.saw(self.policy.tenant, line.target.label, output)

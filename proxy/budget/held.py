@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from secrets import token_hex
-from typing import Literal
+from typing import Final, Literal
 
 from proxy.budget.amounts import MAX_AMOUNT, Amounts
 from proxy.budget.plan import Plan
 from proxy.budget.policy import Policy
 from proxy.errors import ProxyError
-from proxy.store.base import BudgetStore, Entry, Scope, Settlement
+from proxy.store.base import NOTHING, BudgetStore, Entry, Scope, Settlement
 from proxy.tokens.meter import Meter
 from proxy.types import Usage
 
 State = Literal["asked", "open"]
+Risks = tuple[tuple[str, ...], int, int]
+"""Places, tokens and nano-dollars that were entered into the exposures."""
+NO_RISK: Final[Risks] = ((), 0, 0)
 
 
 class Attempt:
@@ -66,13 +69,13 @@ class Held(Spent):
         """None: nothing is held anywhere. `asked`: the store was asked, and may hold it. `open`: nobody has to."""
         self.local: BudgetStore | None = None
         """The slice of this process that holds it as well, while the store is away."""
-        self.ask = Amounts()
+        self.ask = NOTHING
         self.provider: Scope | None = None
         """The account that is covered."""
         self.entries: list[Entry] = []
         self.apart: dict[str, list[int]] = {}
         """By provider: requests, tokens and nano-dollars since its account joined the reservation."""
-        self.risks: tuple[tuple[str, ...], int, int] = ((), 0, 0)
+        self.risks: Risks = NO_RISK
         """Places, tokens and nano-dollars that were entered into the exposures."""
 
     def account(self) -> Amounts:
@@ -89,7 +92,7 @@ class Held(Spent):
     def renew(self) -> None:
         """A new life under a new id, after the old one was settled with all that it had cost."""
         self.id = token_hex(16)
-        self.state, self.local, self.provider, self.ask = None, None, None, Amounts()
+        self.state, self.local, self.provider, self.ask = None, None, None, NOTHING
         self.before_nano_usd += self.nano_usd
         self.tokens = self.nano_usd = self.attempts = 0
         self.entries = []

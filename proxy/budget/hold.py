@@ -18,7 +18,7 @@ from proxy.budget.amounts import MAX_AMOUNT, Amounts
 from proxy.budget.charge import BYTES_PER_TOKEN, Charge
 from proxy.budget.daybook import Daybook
 from proxy.budget.estimate import Exposure
-from proxy.budget.held import Held, Spent
+from proxy.budget.held import NO_RISK, Held, Spent
 from proxy.budget.local import Slices
 from proxy.budget.plan import Plan, Planner, Want, exceeds
 from proxy.budget.policy import Policies, Policy, reach_of
@@ -30,6 +30,7 @@ from proxy.budget.waiting import Waiting
 from proxy.errors import ProxyError
 from proxy.observability.events import Notice
 from proxy.store.base import (
+    NOTHING,
     BudgetStore,
     Ended,
     Granted,
@@ -79,6 +80,7 @@ class Budget:
         """By place of a scope: what is at risk in this process."""
         self.waiting = waiting or Waiting()
         self._planner = planner
+        self.expectations = planner.expectations
         self._slices = Slices(local, access.watch, wall_ms)
         self._clock = clock
         self.refusals = Refusals(emit, clock)
@@ -239,17 +241,17 @@ class Budget:
             self.observe(settlement.actual.tokens, held.ask.tokens)
         self.waiting.wake()
 
-    def at_risk(self, held: Held, places: Sequence[str], tokens: int = 0, nano_usd: int = 0) -> None:
+    def at_risk(self, held: Held, places: tuple[str, ...], tokens: int = 0, nano_usd: int = 0) -> None:
         """Enters what is at risk now, in place of what was."""
         before, before_tokens, before_nano = held.risks
         for place in before:
             self.exposures[place].drop(before_tokens, before_nano)
-        held.risks = (tuple(places), tokens, nano_usd) if tokens or nano_usd else ((), 0, 0)
-        for place in held.risks[0]:
+        if not (tokens or nano_usd):
+            held.risks = NO_RISK
+            return
+        held.risks = (places, tokens, nano_usd)
+        for place in places:
             self.exposures[place].add(tokens, nano_usd)
-
-    def learn(self, tenant: str, plan: Plan, usage: Usage, choices: int) -> None:
-        self._planner.expectations.saw(tenant, plan.target.label, -(-usage.output // choices))
 
     def later(self, job: Job) -> Job:
         """`job`, remembered until it has begun."""
@@ -299,9 +301,9 @@ class Budget:
         if not bound.reserves:
             held.state = "open"
             return None
-        self.at_risk(held, [place for place, _ in bound.risky], plan.risk_tokens, plan.risk_nano_usd)
+        self.at_risk(held, bound.places, plan.risk_tokens, plan.risk_nano_usd)
         for _ in range(2):
-            held.ask = Amounts()
+            held.ask = NOTHING
             ask = held.ask = self._total(held, plan.ask)
             held.state = "asked"
             self.access.live.add(held.id)
@@ -331,7 +333,7 @@ class Budget:
         same = plan.account is held.provider
         if same and ask == held.ask:
             return plan
-        self.at_risk(held, [place for place, _ in bound.risky], plan.risk_tokens, plan.risk_nano_usd)
+        self.at_risk(held, bound.places, plan.risk_tokens, plan.risk_nano_usd)
         leave = () if same or held.provider is None else ((held.provider, held.account()),)
         try:
             verdict = await self.access.top_up(held.id, ask, bound.scopes, leave)
@@ -356,6 +358,8 @@ class Budget:
     @staticmethod
     def _total(held: Held, ask: Amounts) -> Amounts:
         """What attempts that are over have cost, and this one's ask; never less than what is held."""
+        if held.ask is NOTHING and not held.tokens and not held.nano_usd:
+            return ask
         tokens = max(held.tokens + ask.tokens, held.ask.tokens)
         nano_usd = max(held.nano_usd + ask.nano_usd, held.ask.nano_usd)
         return Amounts(1, min(tokens, MAX_AMOUNT), min(nano_usd, MAX_AMOUNT))

@@ -58,7 +58,7 @@ def reach_of(limits: Limits) -> Reach:
 class Bound:
     """Scopes that a reservation takes together, and what follows from their limits. Made once for each target."""
 
-    __slots__ = ("enforced", "limited", "reach", "reserves", "risky", "scopes", "watched")
+    __slots__ = ("enforced", "limited", "places", "reach", "reserves", "risky", "scopes", "watched")
 
     def __init__(self, scopes: tuple[Scope, ...], *, rehearses: bool) -> None:
         """`rehearses`: what is only watched is reserved like what is enforced, so that it says what that would."""
@@ -80,6 +80,7 @@ class Bound:
         risky = [(scope.place, reach_of(scope.limits)) for scope in scopes if scope.enforced]
         self.risky = tuple((place, one) for place, one in risky if one != Reach())
         """Places that can be overspent by an estimate, and how far each reaches."""
+        self.places = tuple(place for place, _ in self.risky)
 
 
 class Policy:

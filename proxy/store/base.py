@@ -56,11 +56,11 @@ class Scope(msgspec.Struct, frozen=True, eq=False):
     limits: Limits = Limits()
     enforced: bool = True
     """False: what does not fit is granted all the same, and said."""
+    place: str = ""
+    """Names the scope's windows: two scopes of one kind and name share them, and no others do. Follows from them."""
 
-    @property
-    def place(self) -> str:
-        """Names the scope's windows: two scopes of one kind and name share them, and no others do."""
-        return f"{self.kind}:{len(self.name)}:{self.name}"
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "place", f"{self.kind}:{len(self.name)}:{self.name}")
 
 
 class Reservation(msgspec.Struct, frozen=True, gc=False):
