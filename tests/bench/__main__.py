@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import report
-from tests.bench.measure import GROWTH, PROXY, QUICK, SHAPES, Bench, Effort, progress
+from tests.bench.measure import GROWTH, PROXY, QUICK, REDIS, SHAPES, Bench, Effort, progress
 from tests.bench.processes import BenchError
 from tests.bench.scene import Scene, headline
 
@@ -39,7 +39,7 @@ def measure(scene: Scene, effort: Effort, names: tuple[str, ...]) -> Bench:
             else:
                 servers.append(server)
     secure = [scene.direct(tls=True)]
-    secure += [scene.start(name, tls=True)[0] for name in names if name != "empty"]
+    secure += [scene.start(name, tls=True)[0] for name in names if name not in ("empty", REDIS)]
     bench = Bench(scene.load, servers, secure, effort)
     bench.figures["ready"].update(ready)
     bench.memory("ready")
@@ -89,7 +89,7 @@ def main() -> int:
     effort = QUICK if options.quick else Effort()
     if options.rounds is not None:
         effort = dataclasses.replace(effort, rounds=options.rounds)
-    names = ("empty", "forward") if options.reference else ("empty", "forward", PROXY)
+    names: tuple[str, ...] = ("empty", "forward") if options.reference else ("empty", "forward", PROXY)
     began = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="breakwater-bench-") as directory, ExitStack() as stack:
@@ -98,6 +98,8 @@ def main() -> int:
             if options.profile:
                 profile(scene, effort, options.profile)
                 return 0
+            if scene.store is not None and PROXY in names:
+                names = (*names, REDIS)
             bench = measure(scene, effort, names)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Final
 
 from tests.bench.load import Done, Job
 from tests.bench.payloads import CHUNKS, SHORT_CHUNKS, Ask
-from tests.bench.processes import Child, LoadWorker
+from tests.bench.processes import Child, LoadWorker, Redis
 from tests.bench.upstream import SLOTS, TICK
 
 CONNECTIONS: Final = 32
@@ -27,6 +27,8 @@ STEADY_STEP_SECONDS: Final = 0.25
 STEADY_STEPS: Final = 40
 
 PROXY: Final = "breakwater"
+REDIS: Final = "with Redis"
+"""The proxy again, with a budget that is enforced and kept in Redis: each request is reserved there and settled."""
 DIRECT: Final = "direct"
 
 Figures = dict[str, dict[str, list[float]]]
@@ -41,6 +43,7 @@ class Server:
     child: Child
     port: int
     ca: str | None = None
+    store: Redis | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +68,12 @@ _STREAM: Final = Shape("stream", Ask(stream=True), 120, 32, rate=_STREAM_RATE, s
 _LATENCY: Final = Shape("latency", Ask(), 600, 100, connections=1, servers=(DIRECT, "forward", PROXY), latency=True)
 
 SHAPES: Final = (
-    Shape("plain", Ask(), 5000, 400),
-    replace(_STREAM, measure="stream"),
+    Shape("plain", Ask(), 5000, 400, servers=("empty", "forward", PROXY, REDIS)),
+    replace(_STREAM, servers=(*_FORWARDERS, REDIS)),
     replace(_STREAM, measure="stream_usage", ask=Ask(stream=True, usage=True)),
     Shape("stream_short", Ask("bench-short", stream=True), 1200, 100, servers=_FORWARDERS),
     Shape("stream_burst", Ask("bench-burst", stream=True), 800, 64, servers=_FORWARDERS),
-    replace(_LATENCY, servers=(DIRECT, "empty", "forward", PROXY)),
+    replace(_LATENCY, servers=(DIRECT, "empty", "forward", PROXY, REDIS)),
     Shape("plain_tls", Ask(), 3000, 400, servers=_FORWARDERS, tls=True),
     replace(_STREAM, measure="stream_tls", tls=True),
     replace(_LATENCY, measure="latency_tls", tls=True),
@@ -117,7 +120,13 @@ class Bench:
                 present = [among[name] for name in shape.servers if name in among]
                 progress(f"round {index + 1}/{self._effort.rounds}: {shape.measure}")
                 for server in present:
-                    self._record(shape, server, self.once(shape, server))
+                    before = server.store.reads() if server.store is not None else 0
+                    done = self.once(shape, server)
+                    if server.store is not None:
+                        sent = self._effort.count(shape) + self._effort.warmup(shape)
+                        trips = (server.store.reads() - before) / sent
+                        self.figures[f"{shape.measure}_trips"][server.name].append(trips)
+                    self._record(shape, server, done)
 
     def once(self, shape: Shape, server: Server) -> Done:
         """One job: `shape` against `server`. Raises BenchError."""

@@ -21,6 +21,7 @@ from typing import IO, Final, Self
 
 import msgspec
 
+from tests import redis_server
 from tests.bench import procfs
 from tests.bench.load import Done, Job, Outcome
 
@@ -159,6 +160,39 @@ class LoadWorker(Child):
             server.check()
             raise BenchError(f"{server.name}, {job.ask}: {outcome.failed}\nIts last words:\n{server.tail()}")
         return outcome.done
+
+
+class Redis(Child):
+    """A store, on the core of the upstream. Raises `redis_server.Unavailable` where there is no server to run."""
+
+    def __init__(self, cores: Cores, directory: Path) -> None:
+        self.port = free_port()
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        super().__init__("redis", [str(redis_server.binary()), *options], cores.rest, directory / "redis.log")
+        deadline = time.perf_counter() + READY_SECONDS
+        while not self._asked(b"PING").startswith(b"+PONG"):
+            if time.perf_counter() > deadline:
+                raise BenchError(f"redis said nothing for {READY_SECONDS:.0f} s")
+            self.check()
+            time.sleep(POLL_SECONDS)
+
+    def reads(self) -> int:
+        """Reads from clients so far: what one write of a client brought is one."""
+        for line in self._asked(b"INFO stats").splitlines():
+            if line.startswith(b"total_reads_processed:"):
+                return int(line.partition(b":")[2])
+        raise BenchError("this redis-server does not count its reads")
+
+    def _asked(self, command: bytes) -> bytes:
+        answer = b""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
+                connection.sendall(command + b"\r\nQUIT\r\n")
+                while piece := connection.recv(65_536):
+                    answer += piece
+        except OSError:
+            return b""
+        return answer
 
 
 def free_port() -> int:

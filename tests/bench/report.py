@@ -12,13 +12,15 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Final
 
-from tests.bench.measure import DIRECT, GROWTH_SIZES, PROXY, Figures
+from tests.bench.measure import DIRECT, GROWTH_SIZES, PROXY, REDIS, Figures
 
 NONE: Final = "-"
-COLUMNS: Final = ("empty", "forward", PROXY, "min–max", "/empty", "/forward")
-WIDTHS: Final = (10, 10, 12, 16, 10, 10)
+COLUMNS: Final = ("empty", "forward", PROXY, "min–max", "/empty", "/forward", REDIS, "/empty")
+WIDTHS: Final = (10, 10, 12, 16, 10, 10, 12, 10)
 LIMIT_PLAIN: Final = 4.5
 LIMIT_STREAM: Final = 1.3
+LIMIT_REDIS: Final = 6.5
+LIMIT_TRIPS: Final = 2.0
 LIMIT_READY_SECONDS: Final = 1.5
 LIMIT_LOADED_MIB: Final = 90.0
 LIMIT_VOCABULARY_MIB: Final = 190.0
@@ -87,6 +89,18 @@ def targets(figures: Figures) -> list[Target]:
         Target(
             "paced streams, CPU against the forwarder", _middle(ratios(figures, "stream", "forward")), LIMIT_STREAM, "x"
         ),
+        Target(
+            "plain chat, reserved and settled in Redis, CPU against the empty app",
+            _middle(ratios(figures, "plain", "empty", of=REDIS)),
+            LIMIT_REDIS,
+            "x",
+        ),
+        Target(
+            "round trips to Redis a request, one connection",
+            _middle(figures.get("latency_trips", {}).get(REDIS, [])),
+            LIMIT_TRIPS,
+            "",
+        ),
         Target("spawn to ready", _of_proxy(figures, "ready"), LIMIT_READY_SECONDS, " s"),
         Target("memory when ready", _of_proxy(figures, "rss_ready"), LIMIT_LOADED_MIB, " MiB"),
         Target("memory after the load", _of_proxy(figures, "rss_loaded"), LIMIT_LOADED_MIB, " MiB"),
@@ -109,6 +123,11 @@ def as_json(figures: Figures, facts: dict[str, Any]) -> dict[str, Any]:
                     for other in ("empty", "forward")
                     if (values := ratios(figures, measure, other))
                 },
+                **(
+                    {f"{REDIS}/empty": _summary(stored)}
+                    if (stored := ratios(figures, measure, "empty", of=REDIS))
+                    else {}
+                ),
             }
             for measure, servers in figures.items()
         },
@@ -158,6 +177,14 @@ def table(figures: Figures) -> str:
             ],
         ),
         _section(
+            "Round trips to Redis a request",
+            [
+                Row("plain chat, one connection", figures.get("latency_trips", {})),
+                Row("plain chat, 32 connections", figures.get("plain_trips", {})),
+                Row("32 paced streams of 100", figures.get("stream_trips", {})),
+            ],
+        ),
+        _section(
             "Latency added at one connection, microseconds",
             [
                 Row("p50", added(figures, "latency_p50", DIRECT)),
@@ -204,7 +231,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         values = [me / it for me, it in zip(mine, row.servers.get(other, []), strict=False) if it > 0]
         compared.append(f"{median(values):.2f}x" if values else NONE)
     medians = [_number(_middle(row.servers.get(name, []))) for name in ("empty", "forward", PROXY)]
-    return (*medians, spread, *compared)
+    store = row.servers.get(REDIS, [])
+    against = [it / least for it, least in zip(store, row.servers.get("empty", []), strict=False) if least > 0]
+    return (*medians, spread, *compared, _number(_middle(store)), f"{median(against):.2f}x" if against else NONE)
 
 
 def _summary(values: list[float]) -> dict[str, Any]:

@@ -13,15 +13,27 @@ from typing import Any, Final
 
 import trustme
 
-from tests.bench.measure import DIRECT, PROXY, Server, progress
-from tests.bench.processes import Child, Cores, LoadWorker, Upstream, free_port
+from tests import redis_server
+from tests.bench.measure import DIRECT, PROXY, REDIS, Server, progress
+from tests.bench.processes import Child, Cores, LoadWorker, Redis, Upstream, free_port
 
 MEASURED_PACKAGES: Final = ("breakwater", "uvicorn", "uvloop", "httptools", "msgspec", "orjson")
 CONFIG: Final = """\
 listen: {{host: 127.0.0.1, port: {port}, drain_ms: 0, grace_ms: 1000}}
 providers:
-  up: {{kind: openai, base_url: "{base_url}", api_key: sk-bench-0123456789abcdef{ca}}}
+  up:
+    kind: openai
+    base_url: "{base_url}"
+    api_key: sk-bench-0123456789abcdef
+    ca_file: {ca}
 """
+
+BUDGET: Final = """\
+    models: {{"*": {{price: {{input: 0.15, cached_input: 0.075, output: 0.60}}}}}}
+state: redis://127.0.0.1:{port}/0
+budget: {{requests_per_minute: 10000000, tokens_per_minute: 2000000000, usd_per_day: 100000}}
+"""
+"""Limits that nobody meets, in three dimensions and two kinds of window."""
 
 
 @dataclass(slots=True)
@@ -33,6 +45,8 @@ class Scene:
     cores: Cores
     upstream: Upstream
     load: LoadWorker
+    store: Redis | None
+    """None: there is no redis-server to run here."""
     ca: Path
 
     @classmethod
@@ -45,7 +59,12 @@ class Scene:
         cores = Cores.split()
         upstream = stack.enter_context(Upstream(cores, directory, cert))
         load = stack.enter_context(LoadWorker(cores, directory))
-        return cls(stack, directory, cores, upstream, load, ca)
+        try:
+            store = stack.enter_context(Redis(cores, directory))
+        except redis_server.Unavailable as missing:
+            progress(f"nothing is measured with Redis: {missing}")
+            store = None
+        return cls(stack, directory, cores, upstream, load, store, ca)
 
     def direct(self, *, tls: bool = False) -> Server:
         port = self.upstream.tls_port if tls else self.upstream.port
@@ -56,12 +75,12 @@ class Scene:
         label = f"{name}-tls" if tls else name
         progress(f"starting {label}")
         port = free_port()
-        command = self._proxy(label, port, tls) if name == PROXY else self._app(name, port, tls)
+        command = self._proxy(label, port, tls) if name in (PROXY, REDIS) else self._app(name, port, tls)
         if profile is not None:
             command = ["-m", "tests.bench.profiled", str(profile), *command[1:]]
         log = self.directory / f"{label}.log"
         child = self.stack.enter_context(Child(label, [sys.executable, *command], self.cores.server, log))
-        return Server(name, child, port), child.wait_ready(port)
+        return Server(name, child, port, store=self.store if name == REDIS else None), child.wait_ready(port)
 
     def _app(self, name: str, port: int, tls: bool) -> list[str]:
         ca = ["--ca", str(self.ca)] if tls else []
@@ -69,8 +88,11 @@ class Scene:
 
     def _proxy(self, label: str, port: int, tls: bool) -> list[str]:
         config = self.directory / f"{label}.yaml"
-        ca = f', ca_file: "{self.ca}"' if tls else ""
-        config.write_text(CONFIG.format(port=port, base_url=self._origin(tls) + "/v1", ca=ca))
+        text = CONFIG.format(port=port, base_url=self._origin(tls) + "/v1", ca=f'"{self.ca}"' if tls else "null")
+        if label == REDIS:
+            assert self.store is not None
+            text += BUDGET.format(port=self.store.port)
+        config.write_text(text)
         return ["-m", "proxy", "serve", "-c", str(config)]
 
     def _origin(self, tls: bool) -> str:
