@@ -119,10 +119,10 @@ class Budget:
         """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
         return answers.rate_limit_headers(self._rows(policy)) if policy.enforces else []
 
-    async def report(self) -> list[ScopeReport]:
-        """Every scope that the configuration names or that was seen. Raises StoreUnavailable of `errors`."""
+    async def report(self, scopes: tuple[Scope, ...] | None = None) -> list[ScopeReport]:
+        """Every scope that the configuration names, or just `scopes`. Raises StoreUnavailable of `errors`."""
         try:
-            balances = await self.access.balance(self.policies.scopes)
+            balances = await self.access.balance(self.policies.scopes if scopes is None else scopes)
         except StoreUnavailable as error:
             raise answers.store_unavailable() from error
         now, processes = self.wall_ms(), self.access.processes()
