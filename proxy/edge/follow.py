@@ -37,6 +37,7 @@ class KeyFollower:
         clock: Callable[[], float],
         emit: Callable[[Notice], None],
         look_seconds: float = LOOK_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
     ) -> None:
         self._registry = registry
         self._ring = ring
@@ -44,6 +45,7 @@ class KeyFollower:
         self._clock = clock
         self._emit = emit
         self._look_seconds = look_seconds
+        self._stale_seconds = stale_seconds
         self._pause = look_seconds
         self._known: str | None = None
         """The stamp of what was taken over last."""
@@ -115,7 +117,7 @@ class KeyFollower:
 
     def _failed(self, reason: str) -> None:
         self._pause = min(self._pause * 2, max(PAUSE_SECONDS, self._look_seconds))
-        if not self._stale and self._clock() - self._asked >= STALE_SECONDS:
+        if not self._stale and self._clock() - self._asked >= self._stale_seconds:
             self._stale = True
             self._emit(KeysStale(reason=reason))
 

@@ -70,6 +70,8 @@ class Keyring:
         """A heap of the finite ends; one that was put off stands there twice."""
         self._ended: set[bytes] = set()
         self._revoked: set[str] = set()
+        self._budgeted: set[str] = set()
+        """Keys whose own budgets hold."""
 
     @property
     def next_end_ms(self) -> float | None:
@@ -97,7 +99,9 @@ class Keyring:
         for key_id in before.keys() - snapshot.records.keys():
             for digest in tuple(self._of_key.get(key_id, ())):
                 self._end(digest)
-            self._budgets.drop_key(before[key_id].tenant, key_id)
+            if key_id in self._budgeted:
+                self._budgeted.discard(key_id)
+                self._budgets.drop_key(before[key_id].tenant, key_id)
         self.sweep(now_ms)
         return Taken(lost, tuple(again))
 
@@ -114,7 +118,7 @@ class Keyring:
         for digest in self._of_key.get(record.id, set()) - valid.keys():
             self._end(digest)
         tenant = self._tenants.get(record.tenant) if valid else None
-        if tenant is None or not self._budgeted(record):
+        if tenant is None or not self._holds_budget(record):
             return
         # Where nobody looks at the model, a key that is for some models only has no business.
         narrowed = tenant if record.models is None else replace(tenant, key_models=record.models, passthrough=())
@@ -135,14 +139,15 @@ class Keyring:
         ends = {one.digest: min(expires, never if one.until_ms is None else one.until_ms) for one in record.secrets}
         return {digest: end for digest, end in ends.items() if end > now_ms and digest not in self._ended}
 
-    def _budgeted(self, record: KeyRecord) -> bool:
+    def _holds_budget(self, record: KeyRecord) -> bool:
         """Its own budget holds from now on. False if it has one that cannot be read: then it may spend nothing."""
-        if record.budget and record.id not in self._of_key:
+        if record.budget and record.id not in self._budgeted:
             try:
                 section = BudgetSettings.model_validate_json(record.budget)
             except ValueError:
                 return False
             self._budgets.put_key(record.tenant, record.id, section)
+            self._budgeted.add(record.id)
         return True
 
     def _end(self, digest: bytes) -> None:

@@ -56,7 +56,7 @@ from proxy.store.connection import Words
 from proxy.store.dial import Dialer
 from proxy.store.ledger import grouped, outbox_place, overflow, tally_values
 from proxy.store.link import Link, StateListener
-from proxy.store.registry import KeyRegistry
+from proxy.store.registry import MAX_KEYS, KeyRegistry
 from proxy.store.registry_redis import RedisRegistry
 from proxy.store.scripts import Scripts
 
@@ -217,9 +217,9 @@ class RedisStore:
         (answer,) = await self._read([(b"XRANGE", self._keys[2], start, b"+", b"COUNT", count)])
         return [Record(each.decode(), tuple(word.decode() for word in words)) for each, words in answer]
 
-    def registry(self) -> KeyRegistry:
-        """The keys that are made at run time, in the same place. Open as long as the store."""
-        return RedisRegistry(self._slow, self._scripts, self._prefix, clock=self._clock)
+    def registry(self, most: int = MAX_KEYS) -> KeyRegistry:
+        """The keys that are made at run time, at most so many, in the same place. Open as long as the store."""
+        return RedisRegistry(self._slow, self._scripts, self._prefix, clock=self._clock, most=most)
 
     async def aclose(self) -> None:
         await self._link.aclose()

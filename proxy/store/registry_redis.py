@@ -61,12 +61,14 @@ class RedisRegistry:
         prefix: bytes,
         *,
         clock: Callable[[], int] | None = None,
+        most: int = MAX_KEYS,
         nonce: Callable[[], str] = lambda: secrets.token_hex(8),
     ) -> None:
         self._link = link
         self._scripts = scripts
         self._key = prefix + b"keys"
         self._clock = clock
+        self._most = most
         self._nonce = nonce
         self._read: dict[str, tuple[bytes, KeyRecord]] = {}
         """As of the last snapshot: what is still written the same need not be read again."""
@@ -76,7 +78,7 @@ class RedisRegistry:
             raise ValueError("the id of a key is key_ and 16 hexadecimal digits")
         lasting = msgspec.json.encode(_Lasting(new.tenant, new.name, new.models, new.budget))
         return await self._change(
-            self._scripts.key_create, new.id, new.digest.hex(), new.lives_ms or 0, lasting, MAX_KEYS, KEPT_MS
+            self._scripts.key_create, new.id, new.digest.hex(), new.lives_ms or 0, lasting, self._most, KEPT_MS
         )
 
     async def revoke(self, key_id: str) -> tuple[KeyRecord, bool]:
