@@ -19,7 +19,7 @@ from proxy.store.base import StoreUnavailable
 from proxy.store.registry import KeyRefused, KeyRegistry, Stamp
 
 LOOK_SECONDS: Final = 1.0
-PAUSE_SECONDS: Final = 4.0
+PAUSE_SECONDS: Final = 2.0
 """The longest pause between two looks while they fail."""
 STALE_SECONDS: Final = 5.0
 """A registry that could not be asked for so long is worth a line in the log."""

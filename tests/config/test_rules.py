@@ -212,9 +212,10 @@ GOOD_TARGET = "expected PROVIDER/MODEL, such as openai/gpt-4o-mini"
         ),
         (MINIMAL + "tenants: [{name: a}]\n", [f"2:11: tenants[0].keys: {A_KEY}"]),
         (MINIMAL + "tenants: [{name: a, keys: []}]\n", [f"2:27: tenants[0].keys: {A_KEY}"]),
+        (MINIMAL + "state: memory://\ntenants: [{name: a}]\n", [f"3:11: tenants[0].keys: {A_KEY}"]),
         (
-            MINIMAL + "state: memory://\ntenants: [{name: a}]\n",
-            [f"3:11: tenants[0].keys: {A_KEY}"],
+            MINIMAL + "state: [a]\ntenants: [{name: a}]\n",  # nobody can tell yet whether the keys are missing
+            ["2:8: state: expected a secret: text, ${VAR} in quotes, or {file: PATH}, got a list"],
         ),
         *(
             (
