@@ -65,7 +65,9 @@ def allows(tenant: Tenant, model: str, target: Target) -> bool:
     """Whether `tenant` may ask for `model` and be answered by `target`."""
     if tenant.providers is not None and target.provider not in tenant.providers:
         return False
-    return tenant.models is None or any(matches(glob, model) for glob in tenant.models)
+    return (tenant.models is None or any(matches(glob, model) for glob in tenant.models)) and (
+        tenant.key_models is None or any(matches(glob, model) for glob in tenant.key_models)
+    )
 
 
 def _target(route: Route, matched: str) -> Target:

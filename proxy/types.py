@@ -99,7 +99,10 @@ class Tenant:
     passthrough: Sequence[str] | None = ()
     """Paths (with `/v1`) outside the known routes that this tenant may use. None: all."""
     key: str = ""
-    """Which of its keys was presented: the first hexadecimal digits of its digest, never the key."""
+    """Which of its keys was presented: the id of one made at run time, of a configured one the first hexadecimal digits
+    of its digest; never the key."""
+    key_models: Sequence[str] | None = None
+    """As `models`, of the key itself: a model must be allowed by both."""
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):

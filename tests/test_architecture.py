@@ -17,6 +17,7 @@ LAYOUT = Layout(
         (0, "proxy.budget.amounts"),  # what the store's port and the arithmetic of windows both speak of
         (0, "proxy.money proxy.budget.settings"),  # limits and prices are written under providers and tenants too
         (1, "proxy.*.base proxy.*.settings proxy.*.__init__"),  # ports, and what a room can be told
+        (1, "proxy.store.registry"),  # another port of the store's
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),

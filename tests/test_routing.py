@@ -75,3 +75,13 @@ def test_pass_through_goes_to_the_first_provider_if_the_tenant_may_use_it() -> N
     assert routing().passthrough(ANYONE) == Target("openai", "", "other")
     with pytest.raises(NotFound):
         routing().passthrough(Tenant("t", providers=["azure"]))
+
+
+def test_a_key_narrows_its_tenant_and_never_widens_it() -> None:
+    narrow = Tenant("acme", models=("gpt-*",), key_models=("gpt-5*", "qwen-*"))
+    assert routing().target("gpt-5", narrow).provider == "openai"
+    for model in ("gpt-4o", "qwen-chat"):
+        with pytest.raises(NotFound) as caught:
+            routing().target(model, narrow)
+        assert caught.value.code == "model_not_found"
+    assert routing().target("qwen-chat", Tenant("acme", key_models=("qwen-*",))).provider == "vllm"

@@ -12,6 +12,7 @@ from functools import partial
 
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
+from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
 from proxy.catalog import Catalog
@@ -19,18 +20,18 @@ from proxy.config.effective import nested
 from proxy.config.loader import Loaded
 from proxy.config.settings import Settings
 from proxy.edge.asgi import App, Gateway, Side
-from proxy.edge.auth import AdminKeys, KeyedTenants, Keyless, is_loopback
+from proxy.edge.auth import AdminKeys, Keyless, is_loopback
+from proxy.edge.follow import KeyFollower
 from proxy.edge.head import Limits
 from proxy.observability.events import Bus, ConnectionRefused
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
-from proxy.pipeline import Pipeline, Tenants
+from proxy.pipeline import Pipeline
 from proxy.providers.base import Provider
 from proxy.providers.settings import OpenAISettings
 from proxy.routing import Route, Routing
 from proxy.store.base import DIMENSIONS
 from proxy.tokens.count import Counter
-from proxy.types import Tenant
 
 
 class Running:
@@ -45,6 +46,7 @@ class Running:
         providers: Mapping[str, Provider],
         executor: ThreadPoolExecutor,
         budget: Budget,
+        follower: KeyFollower | None,
     ) -> None:
         self.gateway = gateway
         self.side = side
@@ -54,12 +56,17 @@ class Running:
         self._providers = providers
         self._executor = executor
         self.budget = budget
+        self._follower = follower
 
     async def start(self) -> None:
         """Before anything is served."""
         self.budget.start()
+        if self._follower is not None:
+            await self._follower.start()
 
     async def aclose(self) -> None:
+        if self._follower is not None:
+            await self._follower.aclose()
         await self.budget.aclose()
         await self.budget.access.store.aclose()
         for provider in self._providers.values():
@@ -78,8 +85,11 @@ def create_app(
     providers = {name: provider_of(name, one, scrubber) for name, one in settings.providers.items()}
     routing = Routing((Route(model.name, model.targets[0]) for model in settings.models), providers)
     budget = budget_of(settings, bus, Counter(executor=executor))
+    registry = registry_of(budget.access.store)
+    door = door_of(settings, complete=registry is None)
+    follower = follower_of(registry, settings, door, budget.policies, bus) if registry and settings.tenants else None
     pipeline = Pipeline(
-        _tenants(settings, insecure),
+        door if settings.tenants else Keyless(any_host=insecure),
         routing,
         providers,
         Catalog(routing, providers, uncached=_with_callers_key(settings), clock=clock),
@@ -100,13 +110,14 @@ def create_app(
     budget.refusals.count = metrics.budget_refused
     bus.subscribe(metrics)
     local = is_loopback(listen.host)
+    names = [one.name for one in settings.tenants]
     side = Side(
         metrics.render,
         CONTENT_TYPE,
         AdminKeys(key.get_secret_value() for key in settings.admin.keys),
         metrics_open=local or settings.observability.metrics_public,
         any_host=not local,
-        admin=lambda: _admin(loaded, budget, lambda: gateway.in_flight),
+        admin=lambda: _admin(loaded, budget, Keys(registry, names), lambda: gateway.in_flight),
     )
     gateway = Gateway(
         pipeline,
@@ -124,22 +135,12 @@ def create_app(
         write_seconds=listen.write_timeout_ms / 1000,
         keep_alive_seconds=listen.keep_alive_ms / 1000,
     )
-    return Running(gateway, side, limits, metrics, providers, executor, budget)
+    return Running(gateway, side, limits, metrics, providers, executor, budget, follower)
 
 
 def refused_into(bus: Bus) -> Callable[[int, str], None]:
     """What the HTTP guard calls for a request that never reached the application."""
     return lambda status, code: bus.emit(ConnectionRefused(status=status, code=code))
-
-
-def _tenants(settings: Settings, insecure: bool) -> Tenants:
-    if not settings.tenants:
-        return Keyless(any_host=insecure)
-    by_key = {}
-    for one in settings.tenants:
-        tenant = Tenant(one.name, one.models, one.providers, one.passthrough)
-        by_key.update({key.get_secret_value(): tenant for key in one.keys})
-    return KeyedTenants(by_key)
 
 
 def _with_callers_key(settings: Settings) -> list[str]:
@@ -148,10 +149,11 @@ def _with_callers_key(settings: Settings) -> list[str]:
     ]
 
 
-def _admin(loaded: Loaded, budget: Budget, in_flight: Callable[[], int]) -> App:
+def _admin(loaded: Loaded, budget: Budget, keys: Keys, in_flight: Callable[[], int]) -> App:
     from proxy.admin.api import create_admin
+    from proxy.admin.keys import add_keys
 
-    return create_admin(
+    admin = create_admin(
         config_hash=loaded.hash,
         effective=lambda: {"config": nested(loaded.settings), "origins": dict(loaded.origins)},
         in_flight=in_flight,
@@ -159,3 +161,5 @@ def _admin(loaded: Loaded, budget: Budget, in_flight: Callable[[], int]) -> App:
         usage=partial(used, budget),
         dimensions=DIMENSIONS,
     )
+    add_keys(admin, AdministeredKeys(keys))
+    return admin

@@ -37,6 +37,8 @@ from proxy.store.memory import MemoryStore
 from proxy.tokens.count import Counter
 
 MEMORY = "memory://"
+_SCOPES_AT_ONCE = 100
+"""A call that reads more holds up the reservations behind it."""
 
 
 def store_of(settings: Settings) -> BudgetStore:
@@ -108,7 +110,13 @@ def _has_list_prices(settings: ProviderSettings) -> bool:
 async def budgets_shown(budget: Budget, tenant: str | None) -> list[dict[str, Any]]:
     """As JSON: the figures of all scopes, or of one tenant's. Raises StoreUnavailable."""
     found = await budget.report()
-    return shown(found if tenant is None else by_tenant(found, tenant))
+    if tenant is None:
+        return shown(found)
+    found = by_tenant(found, tenant)
+    of_keys = budget.policies.of_keys(tenant)
+    for start in range(0, len(of_keys), _SCOPES_AT_ONCE):
+        found += await budget.report(of_keys[start : start + _SCOPES_AT_ONCE])
+    return shown(found)
 
 
 async def used(budget: Budget, span_ms: int, by: list[str]) -> list[dict[str, Any]]:

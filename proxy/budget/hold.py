@@ -36,6 +36,7 @@ from proxy.store.base import (
     Granted,
     Refused,
     Reservation,
+    Scope,
     StoreUnavailable,
 )
 from proxy.tokens.count import Counter
@@ -136,11 +137,11 @@ class Budget:
         found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
         return answers.rate_limit_headers((scope, row) for scope, row in found if row is not None)
 
-    async def report(self) -> list[ScopeReport]:
-        """Every scope that the configuration names or that was seen. Raises StoreUnavailable of `errors`."""
+    async def report(self, scopes: tuple[Scope, ...] | None = None) -> list[ScopeReport]:
+        """Every scope that the configuration names, or just `scopes`. Raises StoreUnavailable of `errors`."""
         await self.daybook.flush()
         try:
-            balances = await self.access.balance(self.policies.scopes)
+            balances = await self.access.balance(self.policies.scopes if scopes is None else scopes)
         except StoreUnavailable as error:
             raise answers.store_unavailable() from error
         now, processes = self.wall_ms(), self.access.processes()

@@ -2,7 +2,8 @@
 
 A caller is held by up to three scopes (the deployment, its tenant, its key), and at each target by the provider's
 account. Limits of the deployment and of accounts hold whatever mode a tenant is in. What a key's own section limits is
-the key's own; all else that it says goes over its tenant's section, as that goes over `budget`.
+the key's own; all else that it says goes over its tenant's section, as that goes over `budget`. No section of a key
+takes anything from what its tenant is held to.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from proxy.money import nano_usd
 from proxy.store.base import Scope, ScopeKind
 
 _USD: Final = ("minute", "hour", "day", "month")
+_STRICTER: Final = ("off", "observe", "enforce")
 
 
 def limits_of(settings: LimitSettings) -> Limits:
@@ -149,6 +151,8 @@ class Policies:
         }
         limits = Limits() if everyone is None else limits_of(everyone)
         self._everyone = (Scope("global", "", limits),) if limits != Limits() else ()
+        self._made: dict[tuple[str, str], BudgetSettings] = {}
+        """Of keys that are made at run time, by tenant and key."""
         self._policies: dict[tuple[str, str], Policy] = {}
         self._scopes: dict[tuple[ScopeKind, str, bool, Limits], Scope] = {}
 
@@ -166,8 +170,12 @@ class Policies:
         for name, tenant in self._tenants.items():
             for key in ("", *tenant.keys):
                 self.of(name, key)
-        found = (*self._accounts.values(), *self._everyone, *self._scopes.values())
+        written = (one for one in self._scopes.values() if not self._is_made(one))
+        found = (*self._accounts.values(), *self._everyone, *written)
         return tuple({scope.place: scope for scope in reversed(found)}.values())
+
+    def _is_made(self, scope: Scope) -> bool:
+        return bool(self._made) and scope.kind == "key" and tuple(scope.name.split("/", 1)) in self._made
 
     def strict(self, scope: Scope) -> bool:
         """Nobody whom this scope holds ever takes a risk."""
@@ -177,26 +185,42 @@ class Policies:
     def of(self, tenant: str, key: str = "") -> Policy:
         """The policy of a caller. `key` is the key's name, never its secret; empty where keys have no budgets."""
         found = self._tenants.get(tenant)
-        if found is None or key not in found.keys:
+        if (found is None or key not in found.keys) and not (self._made and (tenant, key) in self._made):
             key = ""
         policy = self._policies.get((tenant, key))
         if policy is None:
             policy = self._policies[tenant, key] = self._make(tenant, key, found or TenantBudget())
         return policy
 
+    def put_key(self, tenant: str, key: str, section: BudgetSettings) -> None:
+        """The section of a key that is made at run time. It never changes: its key's name is never used again."""
+        self._made[tenant, key] = section
+
+    def drop_key(self, tenant: str, key: str) -> None:
+        """Forgets a key that nobody can present any more."""
+        self._made.pop((tenant, key), None)
+        policy = self._policies.pop((tenant, key), None)
+        for scope in () if policy is None else policy.own:
+            if scope.kind == "key":
+                self._scopes.pop((scope.kind, scope.name, scope.enforced, scope.limits), None)
+
+    def of_keys(self, tenant: str) -> tuple[Scope, ...]:
+        """The scopes of a tenant's keys that are made at run time. There may be thousands: `scopes` is without them."""
+        policies = (self.of(*place) for place in list(self._made) if place[0] == tenant)
+        return tuple(scope for policy in policies for scope in policy.own if scope.kind == "key")
+
     def _make(self, tenant: str, key: str, written: TenantBudget) -> Policy:
         of_tenant = merged(self._section, written.budget)
-        own = written.keys.get(key)
+        own = written.keys.get(key) or self._made.get((tenant, key))
         settings = merged(of_tenant, own)
-        enforced = settings.mode == "enforce"
-        if settings.mode == "off":
-            scopes = [self._scope("tenant", tenant, Limits(), enforced)]  # What is spent is booked all the same.
-        else:
-            scopes = [self._scope("tenant", tenant, limits_of(of_tenant), enforced)]
-            if own is not None:
-                # The key's own limits are those that it writes: its tenant's hold for all keys together already.
-                limits = limits_of(LimitSettings.model_validate(own.model_dump(include=_limits_written(own))))
-                scopes.append(self._scope("key", f"{tenant}/{key}", limits, enforced))
+        limits = Limits() if of_tenant.mode == "off" else limits_of(of_tenant)  # What is spent is booked all the same.
+        scopes = [self._scope("tenant", tenant, limits, of_tenant.mode == "enforce")]
+        if own is not None and settings.mode != "off":
+            # The key's own limits are those that it writes: its tenant's hold for all keys together already.
+            limits = limits_of(LimitSettings.model_validate(own.model_dump(include=_limits_written(own))))
+            scopes.append(self._scope("key", f"{tenant}/{key}", limits, settings.mode == "enforce"))
+        if _STRICTER.index(settings.mode) < _STRICTER.index(of_tenant.mode):
+            settings = settings.model_copy(update={"mode": of_tenant.mode})
         return Policy(tenant, key, settings, (*self._everyone, *scopes), self._accounts)
 
     def _scope(self, kind: ScopeKind, name: str, limits: Limits, enforced: bool) -> Scope:

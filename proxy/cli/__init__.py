@@ -22,11 +22,14 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show the effective configuration, or its schema.", rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+keys_app = typer.Typer(help="Make keys at run time, list them, revoke them, rotate them.", rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
 
 _ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", metavar="FILE", exists=True, dir_okay=False, help="The configuration file.")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+_KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `keys list` shows it.")]
 _Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.")]
 _Host = Annotated[str, typer.Option(help="Address to listen on.")]
 
@@ -59,6 +62,12 @@ def _root(
 
 @config_app.callback(invoke_without_command=True)
 def _config_root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@keys_app.callback(invoke_without_command=True)
+def _keys_root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -137,3 +146,60 @@ def config_schema() -> None:
     from proxy.cli.config import schema
 
     schema()
+
+
+@keys_app.command("create")
+def keys_create(
+    config: _ConfigFile,
+    tenant: Annotated[str, typer.Option(help="The tenant whose key it is, one of the configuration.")],
+    name: Annotated[str, typer.Option(help="A name for people.")] = "",
+    expires: Annotated[str | None, typer.Option(metavar="SPAN", help="How long it is valid: 30m, 24h, 90d.")] = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="GLOBS", help="What it may ask for, of what its tenant may: 'gpt-4o*,o3*'.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LIMITS", help="What it may spend: tokens_per_minute=10000,usd_per_day=5 (repeatable)."),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Make a key and print its secret, once, to stdout. Replicas know it within 2 seconds."""
+    from proxy.cli.keys import create
+
+    create(config, tenant, name=name, expires=expires, models=models, budget=budget or [], as_json=as_json)
+
+
+@keys_app.command("list")
+def keys_list(
+    config: _ConfigFile,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Those that expired or were revoked, too.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """List keys, without their secrets."""
+    from proxy.cli.keys import list_keys
+
+    list_keys(config, tenant=tenant, everything=everything, as_json=as_json)
+
+
+@keys_app.command("revoke")
+def keys_revoke(config: _ConfigFile, key_id: _KeyId, as_json: _Json = False) -> None:
+    """End a key for good. Replicas refuse it within 2 seconds."""
+    from proxy.cli.keys import revoke
+
+    revoke(config, key_id, as_json=as_json)
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    config: _ConfigFile,
+    key_id: _KeyId,
+    overlap: Annotated[
+        str, typer.Option(metavar="SPAN", help="How long secrets of before stay valid; 0s: end.")
+    ] = "24h",
+    as_json: _Json = False,
+) -> None:
+    """Give a key a new secret and print it, once, to stdout."""
+    from proxy.cli.keys import rotate
+
+    rotate(config, key_id, overlap=overlap, as_json=as_json)

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from proxy.config.settings import ModelSettings
 
 _PROVIDER = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+MEMORY = "memory://"
+"""The `state` of one process alone: what it holds ends with it."""
 _CLIENT_WITH_TENANTS = (
     "'client' passes the caller's own key on, but with tenants that is a key of this proxy: set the provider's own key"
+)
+
+_WITHOUT_KEYS = (
+    "needs at least 1 key: only with a Redis as state can a tenant do with keys from `breakwater keys create` alone"
 )
 
 Finding = tuple[Path, str]
@@ -30,8 +36,12 @@ def findings(
     models: Sequence[ModelSettings | None],
     tenants: Sequence[TenantSettings | None],
     admin: AdminSettings | None,
+    *,
+    makes_keys: bool,
 ) -> Iterator[Finding]:
-    """Every broken rule, as the path of the value at fault and a message."""
+    """Every broken rule, as the path of the value at fault and a message.
+
+    `makes_keys`: the store keeps keys that are made at run time."""
     yield from _providers(providers, bool(tenants))
     yield from _unique_names("models", models)
     for index, model in enumerate(models):
@@ -40,6 +50,8 @@ def findings(
     yield from _unique_names("tenants", tenants)
     for index, tenant in enumerate(tenants):
         yield from _dangling(("tenants", index, "providers"), (tenant and tenant.providers) or (), providers)
+        if tenant is not None and not tenant.keys and not makes_keys:
+            yield ("tenants", index, "keys"), _WITHOUT_KEYS
     yield from _unique_keys(tenants, admin)
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo
 
 from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LimitSettings, PriceSettings
 from proxy.config.problems import render
-from proxy.config.references import findings
+from proxy.config.references import MEMORY, findings
 from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
 from proxy.observability.settings import ObservabilitySettings
 from proxy.providers.settings import CLIENT, ProviderSettings
@@ -89,7 +89,13 @@ class Settings(Section):
     def _holds_together(self) -> Settings:
         broken = [
             f"{render(path)}: {message}"
-            for path, message in findings(self.providers, self.models, self.tenants, self.admin)
+            for path, message in findings(
+                self.providers,
+                self.models,
+                self.tenants,
+                self.admin,
+                makes_keys=self.state.get_secret_value() != MEMORY,
+            )
         ]
         if broken:
             raise ValueError("; ".join(broken))

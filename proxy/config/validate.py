@@ -10,7 +10,7 @@ from pydantic import SecretStr, ValidationError
 from proxy.config import messages
 from proxy.config.bind import BAD, Binding
 from proxy.config.problems import Path, Problem, problem, render
-from proxy.config.references import findings
+from proxy.config.references import MEMORY, findings
 from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr
 
 Pieces = dict[str, Any]
@@ -62,7 +62,13 @@ def _between(pieces: Pieces, wrong: list[Problem], binding: Binding) -> list[Pro
     if providers is None:
         return []  # there are no names to hold the references against
     known = {one.path for one in (*wrong, *binding.problems)}
-    found = findings(providers, pieces.get("models") or (), pieces.get("tenants") or (), pieces.get("admin"))
+    found = findings(
+        providers,
+        pieces.get("models") or (),
+        pieces.get("tenants") or (),
+        pieces.get("admin"),
+        makes_keys=pieces.get("state", MEMORY) != MEMORY,
+    )
     return [
         problem(binding.keys.get(at) or binding.place(at), at, message)
         for at, message in found

@@ -114,6 +114,7 @@ class Side:
         self._any_host = any_host
         self._build_admin = admin
         self._admin: App | None = None
+        self._building = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any, *, health_only: bool = False) -> None:
         path = scope["path"]
@@ -131,14 +132,19 @@ class Side:
             elif (path == "/admin" or path.startswith("/admin/")) and self._admin_keys and not health_only:
                 if not self._admin_keys.accept(scope["headers"]):
                     raise InvalidKey
-                if self._admin is None:
-                    # A third of a second of imports, which must not stand in the way of everybody's streams.
-                    self._admin = await asyncio.to_thread(self._build_admin)
-                await self._admin(scope, receive, _with_ids(scope, send))
+                admin = self._admin or await self._built()
+                await admin(scope, receive, _with_ids(scope, send))
             else:
                 raise NotFound("There is nothing here. The API is under /v1.")
         except ProxyError as error:
             await _answer(scope, send, error.status, envelope(error), b"application/json", error.headers)
+
+    async def _built(self) -> App:
+        async with self._building:  # once: what builds it is not made for several threads
+            if self._admin is None:
+                # A third of a second of imports, which must not stand in the way of everybody's streams.
+                self._admin = await asyncio.to_thread(self._build_admin)
+            return self._admin
 
     def _authorise_metrics(self, headers: Headers) -> None:
         if self._metrics_open:

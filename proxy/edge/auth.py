@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from proxy.errors import InvalidKey, OriginNotAllowed
+from proxy.errors import InvalidKey, OriginNotAllowed, StoreUnavailable
 from proxy.types import Call, Headers, Tenant
 
 _KEY_HEADERS = (b"authorization", b"api-key", b"x-api-key")
@@ -40,19 +40,37 @@ def presented_key(headers: Headers) -> bytes | None:
 
 
 class KeyedTenants:
-    """Tenants with keys of their own: `by_key` maps a key's text to its tenant."""
+    """Tenants with keys of their own: `by_key` maps a configured key's text to its tenant.
 
-    def __init__(self, by_key: Mapping[str, Tenant]) -> None:
+    Keys that are made at run time come and go by their digests, in the same table. `complete`: none of them can be
+    unknown here, except those that are not valid.
+    """
+
+    def __init__(self, by_key: Mapping[str, Tenant], *, complete: bool = True) -> None:
         digests = ((hashlib.sha256(key.encode()), tenant) for key, tenant in by_key.items())
         self._by_digest = {one.digest(): replace(tenant, key=one.hexdigest()[:KEY_DIGITS]) for one, tenant in digests}
+        self._configured = frozenset(self._by_digest)
+        self.complete = complete
 
     def identify(self, call: Call) -> Tenant:
-        """The tenant whose key the call presents. Raises InvalidKey."""
+        """The tenant whose key the call presents. Raises InvalidKey, and StoreUnavailable while nobody can tell."""
         key = presented_key(call.headers)
         tenant = self._by_digest.get(hashlib.sha256(key).digest()) if key is not None else None
         if tenant is None:
+            if key is not None and not self.complete:
+                # 401 would tell whoever holds a good key to stop trying.
+                raise StoreUnavailable("Keys cannot be checked yet: try again.", headers=[(b"retry-after", b"1")])
             raise InvalidKey
         return tenant
+
+    def admit(self, digest: bytes, tenant: Tenant) -> None:
+        """Lets a key made at run time in. One that stands in the configuration too is what that says."""
+        if digest not in self._configured:
+            self._by_digest[digest] = tenant
+
+    def dismiss(self, digest: bytes) -> None:
+        if digest not in self._configured:
+            self._by_digest.pop(digest, None)
 
 
 class Keyless:

@@ -16,6 +16,9 @@ RESERVED_TENANTS = ("default", "other")
 """`default` is the tenant of keyless mode, `other` the metric label of whoever is not configured."""
 
 _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SPAN = re.compile(r"([0-9]{1,6})([smhd])")
+_UNIT_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": DAY_MS}
+MAX_SPAN_DAYS = 3650
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 
 
@@ -34,6 +37,37 @@ def _passthrough_path(value: str) -> str:
     return value
 
 
+def span_ms(text: str) -> int:
+    """Milliseconds of 30s, 30m, 24h or 90d. Raises ValueError."""
+    found = _SPAN.fullmatch(text)
+    if found is None:
+        raise ValueError("expected a span of time, such as 30m, 24h or 90d")
+    span = int(found[1]) * _UNIT_MS[found[2]]
+    if span > MAX_SPAN_DAYS * DAY_MS:
+        raise ValueError(f"must be at most {MAX_SPAN_DAYS}d")
+    return span
+
+
+def _span(value: str) -> str:
+    span_ms(value)
+    return value
+
+
+def _some_span(value: str) -> str:
+    if span_ms(value) == 0:
+        raise ValueError("must be more than 0")
+    return value
+
+
+def _label(value: str) -> str:
+    if not value.isprintable() or value != value.strip():
+        raise ValueError("must be printable, on one line, without blanks around it")
+    return value
+
+
+Span = Annotated[str, AfterValidator(_span)]
+Label = Annotated[str, Field(max_length=64), AfterValidator(_label)]
+Glob = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_label)]
 Key = Annotated[HeaderSecret, AfterValidator(_long_enough)]
 PathGlob = Annotated[str, AfterValidator(_passthrough_path)]
 
@@ -96,8 +130,9 @@ class TenantSettings(Section):
 
     name: str
     """Name in metrics and logs: 1 to 64 letters, digits, '.', '_' or '-'."""
-    keys: tuple[Key, ...] = Field(min_length=1)
-    """Keys of at least 16 characters that identify this tenant; at least one."""
+    keys: tuple[Key, ...] = ()
+    """Keys of at least 16 characters that identify this tenant; at least one, unless `state` is a Redis, where keys are
+    made with `breakwater keys create` too."""
     models: tuple[str, ...] | None = None
     """Globs of the model names it may ask for; null allows all."""
     providers: tuple[str, ...] | None = None
@@ -115,3 +150,25 @@ class TenantSettings(Section):
         if value in RESERVED_TENANTS:
             raise ValueError(f"the name '{value}' is reserved: choose another")
         return value
+
+
+class KeySettings(Section):
+    """What is said of a key when it is made at run time. No part of the file: a request of administration."""
+
+    tenant: str
+    """The tenant whose key it is, one of the configuration."""
+    name: Label = ""
+    """A name for people, at most 64 characters."""
+    expires: Annotated[str, AfterValidator(_some_span)] | None = None
+    """How long it is valid: 30m, 24h, 90d; null: until it is revoked."""
+    models: tuple[Glob, ...] | None = Field(default=None, min_length=1, max_length=100)
+    """Globs of the model names that it may ask for, beside those of its tenant; null: no further restriction."""
+    budget: BudgetSettings | None = None
+    """What it may spend, beside what its tenant may."""
+
+
+class RotationSettings(Section):
+    """How a key made at run time gets a new secret."""
+
+    overlap: Span = "24h"
+    """How long the secrets of before stay valid; 0s ends them at once."""

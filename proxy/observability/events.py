@@ -137,6 +137,32 @@ class StoreReset(msgspec.Struct, frozen=True, kw_only=True):
     """Scopes that this process remembered something of."""
 
 
+class KeysLost(msgspec.Struct, frozen=True, kw_only=True):
+    """The registry of keys lost everything. Keys that this process knows stay valid here until it ends."""
+
+    event: ClassVar[str] = "keys.lost"
+
+    known: int
+    """Keys that this process still lets in."""
+
+
+class KeysStale(msgspec.Struct, frozen=True, kw_only=True):
+    """The registry of keys cannot be asked: keys are those of before, and revocations are not heard of."""
+
+    event: ClassVar[str] = "keys.stale"
+
+    reason: str
+
+
+class KeysFollowed(msgspec.Struct, frozen=True, kw_only=True):
+    """The registry of keys can be asked again, and its keys are in force."""
+
+    event: ClassVar[str] = "keys.followed"
+
+    stale: float
+    """For how long it could not."""
+
+
 class ServerStarted(msgspec.Struct, frozen=True, kw_only=True):
     event: ClassVar[str] = "server.started"
 
@@ -184,6 +210,9 @@ Notice = (
     | StoreDegraded
     | StoreRecovered
     | StoreReset
+    | KeysLost
+    | KeysStale
+    | KeysFollowed
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

@@ -18,6 +18,9 @@ from proxy.observability.events import (
     BudgetRefused,
     ConnectionRefused,
     InternalFault,
+    KeysFollowed,
+    KeysLost,
+    KeysStale,
     Notice,
     RequestFinished,
     RequestRefused,
@@ -129,7 +132,7 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
         fields["warnings"] = event.warnings
 
 
-_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset)
+_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, KeysLost, KeysStale)
 
 
 def _level(event: Notice) -> str:
@@ -165,7 +168,9 @@ def _fields(event: Notice) -> dict[str, Any]:
         case InternalFault():
             ids = {"request_id": event.request_id, "trace_id": event.trace_id} if event.request_id else {}
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
-        case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset():
+        case KeysFollowed():
+            return {"stale_ms": _ms(event.stale)}
+        case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset() | KeysLost() | KeysStale():
             return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
@@ -211,6 +216,12 @@ class FriendlyLog:
                 self._print(_GREEN, "store", f"back after {event.away:.1f} s, {event.replayed} settlements caught up")
             case StoreReset():
                 self._print(_YELLOW, "store", f"began again, with what is remembered of {event.scopes} scopes")
+            case KeysLost():
+                self._print(_YELLOW, "keys", f"the store lost them: {event.known} stay valid here until this ends")
+            case KeysStale():
+                self._print(_RED, "keys", f"changes are not heard of ({event.reason})")
+            case KeysFollowed():
+                self._print(_GREEN, "keys", f"up to date again after {event.stale:.1f} s")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -13,6 +13,9 @@ _SHARED: Final = {
     "extend": ("windows", "reservations"),
     "balance": ("windows", "reservations"),
     "seed": ("windows",),
+    "key_create": ("registry",),
+    "key_revoke": ("registry",),
+    "key_rotate": ("registry",),
 }
 
 
@@ -27,6 +30,9 @@ class Scripts:
         self.extend = self._add("extend")
         self.balance = self._add("balance")
         self.seed = self._add("seed")
+        self.key_create = self._add("key_create")
+        self.key_revoke = self._add("key_revoke")
+        self.key_rotate = self._add("key_rotate")
 
     def _add(self, verb: str) -> bytes:
         folder = resources.files("proxy.store") / "lua"

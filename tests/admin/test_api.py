@@ -49,9 +49,13 @@ async def test_the_configuration_in_force_without_its_secrets() -> None:
 async def test_its_description_names_every_route() -> None:
     async with stack(CONFIG) as running, client(running) as admin:
         paths = (await admin.get("/admin/openapi.json")).json()["paths"]
-        assert set(paths) == {f"/admin/{name}" for name in ("status", "config", "budgets", "budgets/{tenant}", "usage")}
-        assert all(route["get"]["summary"] for route in paths.values())
-        assert all(route["get"]["description"] for route in paths.values())
+        names = ("status", "config", "budgets", "budgets/{tenant}", "usage")
+        names += ("keys", "keys/{key_id}", "keys/{key_id}/rotate")
+        assert set(paths) == {f"/admin/{name}" for name in names}
+        verbs = [verb for route in paths.values() for verb in route.values()]
+        assert len(verbs) == 9
+        assert all(verb["summary"] for verb in verbs)
+        assert all(verb["description"] for verb in verbs)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_the_example_is_valid() -> None:
 
 
 def test_bare_commands_print_help() -> None:
-    for arguments in ([], ["config"]):
+    for arguments in ([], ["config"], ["keys"]):
         done = run(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == run(*arguments, "--help").stdout
@@ -163,9 +163,13 @@ def test_version_and_module() -> None:
 
 def test_every_command_has_help() -> None:
     listing = run("--help").stdout
-    for name in ("serve", "demo", "check", "health", "mock", "config"):
+    for name in ("serve", "demo", "check", "health", "mock", "config", "keys"):
         assert f"\n  {name} " in listing
         assert run(name, "--help").returncode == 0
+    listing = run("keys", "--help").stdout
+    for name in ("create", "list", "revoke", "rotate"):
+        assert f"\n  {name} " in listing
+        assert run("keys", name, "--help").returncode == 0
 
 
 HEAVY = {"fastapi", "starlette", "uvicorn", "uvloop", "httpx2", "yaml", "tiktoken", "msgspec", "structlog"}
@@ -177,6 +181,8 @@ HEAVY = {"fastapi", "starlette", "uvicorn", "uvloop", "httpx2", "yaml", "tiktoke
         (["--help"], HEAVY | {"pydantic", "rich"}),
         (["--version"], HEAVY | {"pydantic", "rich"}),
         (["serve", "--help"], HEAVY),  # here typer itself reads the options' types with pydantic
+        (["keys", "--help"], HEAVY),
+        (["keys", "create", "--help"], HEAVY),
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], heavy: set[str]) -> None:

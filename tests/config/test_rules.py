@@ -27,6 +27,7 @@ SHORT_KEYS = (
 )
 NEEDS_HTTPX = "needs another transport: add the line 'transport: httpx'"
 HEADER_TEXT = "must be printable ASCII without spaces, because it travels in a header"
+A_KEY = "needs at least 1 key: only with a Redis as state can a tenant do with keys from `breakwater keys create` alone"
 ONE_KEY = "this version takes exactly one key"
 GOOD_TARGET = "expected PROVIDER/MODEL, such as openai/gpt-4o-mini"
 
@@ -209,10 +210,12 @@ GOOD_TARGET = "expected PROVIDER/MODEL, such as openai/gpt-4o-mini"
             SHORT_KEYS,
             [f"1:59: tenants[0].keys[0]: {MAKE_ONE}", f"1:91: admin.keys[0]: {MAKE_ONE}"],
         ),
-        (MINIMAL + "tenants: [{name: a}]\n", ["2:11: tenants[0].keys: is missing"]),
+        (MINIMAL + "tenants: [{name: a}]\n", [f"2:11: tenants[0].keys: {A_KEY}"]),
+        (MINIMAL + "tenants: [{name: a, keys: []}]\n", [f"2:27: tenants[0].keys: {A_KEY}"]),
+        (MINIMAL + "state: memory://\ntenants: [{name: a}]\n", [f"3:11: tenants[0].keys: {A_KEY}"]),
         (
-            MINIMAL + "tenants: [{name: a, keys: []}]\n",
-            ["2:27: tenants[0].keys: needs at least 1 entry; leave the line out for the default, if there is one"],
+            MINIMAL + "state: [a]\ntenants: [{name: a}]\n",  # nobody can tell yet whether the keys are missing
+            ["2:8: state: expected a secret: text, ${VAR} in quotes, or {file: PATH}, got a list"],
         ),
         *(
             (

@@ -9,7 +9,7 @@ import pytest
 
 from proxy.edge.auth import AdminKeys, KeyedTenants, Keyless, is_loopback_host
 from proxy.edge.headers import request_id, traceparent
-from proxy.errors import InvalidKey, OriginNotAllowed, envelope
+from proxy.errors import InvalidKey, OriginNotAllowed, StoreUnavailable, envelope
 from proxy.types import Call, Headers, Tenant
 
 KEY = "bw_0123456789abcdef"
@@ -63,6 +63,40 @@ def test_every_wrong_key_gets_one_identical_answer(headers: Headers) -> None:
     with pytest.raises(InvalidKey) as caught:
         KeyedTenants({KEY: ACME}).identify(call(*headers))
     assert envelope(caught.value) == envelope(InvalidKey())
+
+
+MADE = "bw_made-at-run-time-0123456789"
+
+
+def test_a_key_made_at_run_time_comes_and_goes() -> None:
+    tenants, digest = KeyedTenants({KEY: ACME}), hashlib.sha256(MADE.encode()).digest()
+    made = call((b"authorization", b"Bearer " + MADE.encode()))
+    holder = Tenant("acme", key="key_0123456789abcdef")
+    tenants.admit(digest, holder)
+    assert tenants.identify(made) is holder
+    tenants.dismiss(digest)
+    tenants.dismiss(digest)
+    with pytest.raises(InvalidKey) as caught:
+        tenants.identify(made)
+    assert envelope(caught.value) == envelope(InvalidKey())
+
+
+def test_a_key_of_the_configuration_is_the_configuration_s_alone() -> None:
+    tenants, digest = KeyedTenants({KEY: ACME}), hashlib.sha256(KEY.encode()).digest()
+    before = tenants.identify(call((b"x-api-key", KEY.encode())))
+    tenants.admit(digest, Tenant("beta"))
+    assert tenants.identify(call((b"x-api-key", KEY.encode()))) is before
+    tenants.dismiss(digest)
+    assert tenants.identify(call((b"x-api-key", KEY.encode()))) is before
+
+
+def test_while_keys_may_be_unknown_here_no_key_is_called_wrong() -> None:
+    tenants = KeyedTenants({KEY: ACME}, complete=False)
+    assert tenants.identify(call((b"x-api-key", KEY.encode()))).name == "acme"
+    with pytest.raises(StoreUnavailable):
+        tenants.identify(call((b"x-api-key", MADE.encode())))
+    with pytest.raises(InvalidKey):
+        tenants.identify(call())
 
 
 @pytest.mark.parametrize(
