@@ -12,6 +12,7 @@ from functools import partial
 
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
+from proxy.app.owners import ownership_of
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
 from proxy.catalog import Catalog
@@ -24,6 +25,7 @@ from proxy.edge.head import Limits
 from proxy.observability.events import Bus, ConnectionRefused
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
+from proxy.owners import Owners
 from proxy.pipeline import Pipeline, Tenants
 from proxy.providers.base import Provider
 from proxy.providers.settings import OpenAISettings
@@ -45,6 +47,7 @@ class Running:
         providers: Mapping[str, Provider],
         executor: ThreadPoolExecutor,
         budget: Budget,
+        owners: Owners,
     ) -> None:
         self.gateway = gateway
         self.side = side
@@ -54,6 +57,7 @@ class Running:
         self._providers = providers
         self._executor = executor
         self.budget = budget
+        self._owners = owners
 
     async def start(self) -> None:
         """Before anything is served."""
@@ -61,6 +65,7 @@ class Running:
 
     async def aclose(self) -> None:
         await self.budget.aclose()
+        await self._owners.aclose()
         await self.budget.access.store.aclose()
         for provider in self._providers.values():
             await provider.aclose()
@@ -78,12 +83,16 @@ def create_app(
     providers = {name: provider_of(name, one, scrubber) for name, one in settings.providers.items()}
     routing = Routing((Route(model.name, model.targets[0]) for model in settings.models), providers)
     budget = budget_of(settings, bus, Counter(executor=executor))
+    owners = Owners(
+        ownership_of(budget.access.store), strict=bool(settings.tenants), providers=providers, emit=bus.emit
+    )
     pipeline = Pipeline(
         _tenants(settings, insecure),
         routing,
         providers,
         Catalog(routing, providers, uncached=_with_callers_key(settings), clock=clock),
         budget,
+        owners,
         tenants_configured=bool(settings.tenants),
         clock=clock,
     )
@@ -123,7 +132,7 @@ def create_app(
         write_seconds=listen.write_timeout_ms / 1000,
         keep_alive_seconds=listen.keep_alive_ms / 1000,
     )
-    return Running(gateway, side, limits, metrics, providers, executor, budget)
+    return Running(gateway, side, limits, metrics, providers, executor, budget, owners)
 
 
 def refused_into(bus: Bus) -> Callable[[int, str], None]:

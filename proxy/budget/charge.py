@@ -196,6 +196,9 @@ class Charge:
         """The provider's answer has begun."""
         assert self._attempt is not None
         self._attempt.status = status
+        if status < 300 and self.want.free:
+            self._attempt.usage = Usage()
+            self._tell(self._attempt.plan, self._attempt.usage)
 
     def failed(self, error: ProxyError) -> None:
         """The attempt is over, and this is why."""
@@ -256,7 +259,11 @@ class Charge:
         record.costs = True
 
     def _cost(self, plan: Plan, usage: Usage) -> int | None:
-        return None if plan.rates is None or self.want.ask.dialect == "passthrough" else cost(usage, plan.rates)
+        if self.want.free:
+            return 0
+        if self.want.ask.dialect == "passthrough" and (usage.estimated or not plan.target.model):
+            return None
+        return None if plan.rates is None else cost(usage, plan.rates)
 
     # -- what an attempt comes to ------------------------------------------------------------------------------------
 
@@ -273,7 +280,7 @@ class Charge:
 
     async def _estimated(self, attempt: Attempt) -> Usage | None:
         """What an attempt came to of which the provider said nothing; None: nothing."""
-        if attempt.status >= 300 or isinstance(attempt.failed, ConnectFailed):
+        if attempt.status >= 300 or isinstance(attempt.failed, ConnectFailed) or self.want.free:
             return None
         await self._budget.count(self.want, attempt.plan.target)
         given = self.want.input_tokens

@@ -135,6 +135,14 @@ class StoreReset(msgspec.Struct, frozen=True, kw_only=True):
     """Scopes that this process remembered something of."""
 
 
+class OwnershipLost(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose some stored objects are could not be kept: with tenants, they are nobody's now."""
+
+    event: ClassVar[str] = "store.ownership_lost"
+
+    objects: int
+
+
 class ServerStarted(msgspec.Struct, frozen=True, kw_only=True):
     event: ClassVar[str] = "server.started"
 
@@ -182,6 +190,7 @@ Notice = (
     | StoreDegraded
     | StoreRecovered
     | StoreReset
+    | OwnershipLost
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

@@ -19,6 +19,7 @@ from proxy.observability.events import (
     ConnectionRefused,
     InternalFault,
     Notice,
+    OwnershipLost,
     RequestFinished,
     RequestRefused,
     ServerDraining,
@@ -129,7 +130,7 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
         fields["warnings"] = event.warnings
 
 
-_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset)
+_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, OwnershipLost)
 
 
 def _level(event: Notice) -> str:
@@ -165,7 +166,7 @@ def _fields(event: Notice) -> dict[str, Any]:
         case InternalFault():
             ids = {"request_id": event.request_id, "trace_id": event.trace_id} if event.request_id else {}
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
-        case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset():
+        case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset() | OwnershipLost():
             return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
@@ -211,6 +212,8 @@ class FriendlyLog:
                 self._print(_GREEN, "store", f"back after {event.away:.1f} s, {event.replayed} settlements caught up")
             case StoreReset():
                 self._print(_YELLOW, "store", f"began again, with what is remembered of {event.scopes} scopes")
+            case OwnershipLost():
+                self._print(_YELLOW, "store", f"whose {event.objects} stored objects are was not kept")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -8,7 +8,7 @@ All keys begin with `{bw:<namespace>}`, and so share one slot of a cluster; afte
     epoch               the life of the store, and its steady clock         s:<kind>:<length>:<name>   a scope's windows
     leases              sorted set of live reservations by end of lease     r:<id>                     a reservation
     outbox              stream of records                                   u:<hour>[:<length>:<tenant>]   roll-ups
-    collects            while a cold store is seeded
+    collects            while a cold store is seeded                        o:<digest>                 an object's owner
 
 Names of tenants and keys come after their length, and ids are our own hexadecimal digits: no name, whatever it holds,
 makes the key of another. Answers are one packed string each: a letter, then 64-bit integers, little-endian.
@@ -56,6 +56,7 @@ from proxy.store.connection import Words
 from proxy.store.dial import Dialer
 from proxy.store.ledger import grouped, outbox_place, overflow, tally_values
 from proxy.store.link import Link, StateListener
+from proxy.store.ownership_redis import RedisOwnership
 from proxy.store.scripts import Scripts
 
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -214,6 +215,10 @@ class RedisStore:
         start = f"({milliseconds}-{sequence}" if after else "-"
         (answer,) = await self._read([(b"XRANGE", self._keys[2], start, b"+", b"COUNT", count)])
         return [Record(each.decode(), tuple(word.decode() for word in words)) for each, words in answer]
+
+    def ownership(self) -> RedisOwnership:
+        """Whose the objects are that providers keep, over the same connection."""
+        return RedisOwnership(self._link, self._prefix, self._scripts.claim)
 
     async def aclose(self) -> None:
         await self._link.aclose()
