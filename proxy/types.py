@@ -186,6 +186,8 @@ class Record:
     """Their cost in nano-dollars; None where nobody knows a price."""
     costs: bool = False
     """`nano_usd` has been decided, even if nobody knows it."""
+    unpriced: bool = False
+    """Something was used of which nobody knows what it costs, or even how much it was."""
     rate_limits: Headers = field(default_factory=list)
     """`x-ratelimit-*`, where the caller is held to a limit."""
     degraded: bool = False

@@ -168,6 +168,7 @@ class Charge:
         held, budget = self.held, self._budget
         budget.at_risk(held, ())
         self._record.nano_usd = None if held.unpriced else held.before_nano_usd + held.nano_usd
+        self._record.unpriced = held.unpriced
         if held.state is not None or held.entries:
             await budget.settle(held, self.policy)
 

@@ -45,6 +45,8 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     nano_usd: int | None = None
     """What `usage` costs, in nano-dollars; None: nobody knows."""
+    unpriced: bool = False
+    """Something was used at a cost that nobody knows, even where `usage` is None: a reply that was passed through."""
     bytes_in: int = 0
     bytes_out: int = 0
     attempts: int = 0
