@@ -58,7 +58,7 @@ def state(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def shared(server: RedisServer) -> dict[str, Any]:
-    """A namespace of its own. The short timeout has tests of its own: here a busy machine must not look like a fault."""
+    """A namespace of its own. A busy machine must not look like a fault: the short timeout has tests of its own."""
     return {"state": server.url, "state_namespace": namespace(), "state_timeout_ms": 10_000}
 
 
@@ -186,6 +186,19 @@ async def test_counting_and_compacting_are_routes_like_others(state: dict[str, A
                 ("/v1/responses/input_tokens", 0),
                 ("/v1/responses/compact", 25_000_000),
             ]
+
+
+async def test_a_compaction_is_told_no_maximum() -> None:
+    budget = {"tokens_per_minute": 20_000, "estimate": "max", "on_overrun": "cut"}
+    async with (
+        accounts("a") as (ports, (account,)),
+        stack(config(ports, budget=budget)) as gateway,
+        sdk(gateway) as acme,
+    ):
+        await acme.responses.create(**ASK)
+        assert account.last[2]["max_output_tokens"] > 0
+        await acme.responses.compact(**ASK)
+        assert account.last[2] == ASK
 
 
 async def test_reading_what_was_paid_for_costs_nothing() -> None:

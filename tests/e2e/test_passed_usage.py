@@ -151,3 +151,15 @@ async def test_a_refusal_costs_nothing() -> None:
         assert (await client.post(PATH, json=IMAGE)).status_code == 400
         assert await booked(gateway) == (1, 0, 0)
         assert await unknown(gateway) == 0
+
+
+async def test_a_list_of_models_that_cannot_be_had_was_tried() -> None:
+    async with scene() as (gateway, account, client):
+        account.answers["/models"] = (plain(b"{}", 500),)
+        answer = await client.get("/models")
+        assert (answer.status_code, answer.headers["x-breakwater-attempts"]) == (503, "1")
+        await gateway.quiet()
+        (event,) = gateway.outcomes()
+        assert isinstance(event, RequestFinished)
+        assert (event.status, event.provider, event.attempts) == (503, "up", 1)
+        assert event.error_code == "upstream_unavailable"
