@@ -54,6 +54,7 @@ class Catalog:
 
         Raises NotFound (`model_not_found`) and UpstreamUnavailable.
         """
+        started = self._clock()
         try:
             if ask.model:
                 body = orjson.dumps(await self._one(ask, tenant))
@@ -64,6 +65,12 @@ class Catalog:
             await out.start(reply.status, reply.headers, length=len(refused.body))
             await out.write(Event(refused.body))
             return
+        except UpstreamUnavailable as error:
+            # It was tried, now or a moment ago: the provider's failure, not a refusal of ours.
+            record = out.record
+            record.provider, record.attempts = error.details["attempts"][0]["target"], 1
+            record.upstream_started, record.upstream_ended = started, self._clock()
+            raise
         await out.start(200, [(b"content-type", b"application/json")], length=len(body))
         await out.write(Event(body))
 

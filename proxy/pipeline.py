@@ -17,9 +17,11 @@ from proxy.budget.records import tags_in
 from proxy.budget.tab import Tab
 from proxy.catalog import Catalog
 from proxy.errors import InternalError, ProxyError, UpstreamError, UpstreamRateLimited
+from proxy.owners import Claims, Owners
 from proxy.providers.base import Provider
 from proxy.routing import Routing
-from proxy.types import Ask, Call, Event, Out, Record, Reply, Target, Tenant
+from proxy.store.ownership import Owner
+from proxy.types import OTHER, Ask, Call, Event, Out, Record, Reply, Target, Tenant
 from proxy.validation import requests
 
 
@@ -38,6 +40,7 @@ class Pipeline:
         providers: Mapping[str, Provider],
         catalog: Catalog,
         budget: Budget,
+        owners: Owners,
         *,
         tenants_configured: bool,
         clock: Callable[[], float],
@@ -47,6 +50,7 @@ class Pipeline:
         self.providers = providers
         self.catalog = catalog
         self.budget = budget
+        self.owners = owners
         self.tenants_configured = tenants_configured
         self.clock = clock
 
@@ -64,7 +68,8 @@ class Pipeline:
         if ask.dialect == "models":
             await self.catalog.answer(ask, tenant, out)
             return
-        target = self._target(ask, tenant)  # 404
+        home = None if ask.objects is None else await self.owners.home(ask, tenant)  # 404, 503
+        target = self._target(ask, tenant, home)  # 404
         record.model, record.provider, record.upstream_model = target.label, target.provider, target.model
         if ask.stream:
             record.stream = True
@@ -74,15 +79,15 @@ class Pipeline:
             tenant.name, tenant.key, want, (target,), record, call.request_id, afterwards=out.afterwards
         )
         async with hold as charge:  # 400, 429, 503
-            await self._attempt(charge, target, ask, out)
+            await self._attempt(charge, target, ask, out, tenant)
 
-    async def _attempt(self, charge: Tab, target: Target, ask: Ask, out: Out) -> None:
+    async def _attempt(self, charge: Tab, target: Target, ask: Ask, out: Out, tenant: Tenant) -> None:
         await charge.cover(target)
         attempt = Attempt(self.providers[target.provider], ask, target, out.record, self.clock, charge.output_cap)
         try:
             async with attempt as reply:  # 429, 503, 504
                 charge.answered(reply.status)
-                await self._push(reply, charge, out)
+                await self._push(reply, charge, out, self.owners.claims(ask, tenant, target, reply))
         except ProxyError as error:
             charge.failed(error)
             raise
@@ -90,12 +95,16 @@ class Pipeline:
             charge.failed(InternalError())
             raise
 
-    def _target(self, ask: Ask, tenant: Tenant) -> Target:
-        if ask.dialect == "passthrough":
-            return self.routing.passthrough(tenant)
-        return self.routing.target(ask.model, tenant)
+    def _target(self, ask: Ask, tenant: Tenant, home: Owner | None) -> Target:
+        if ask.model and (ask.dialect != "passthrough" or ask.fields):
+            target = self.routing.target(ask.model, tenant)
+        elif home is None:
+            target = self.routing.passthrough(tenant, ask.model)
+        else:
+            return Target(home.provider, "", OTHER)
+        return target if home is None else self.owners.lead(ask, target, home)
 
-    async def _push(self, reply: Reply, charge: Tab, out: Out) -> None:
+    async def _push(self, reply: Reply, charge: Tab, out: Out, claims: Claims | None) -> None:
         record = out.record
         started = False
         async for event in reply.events:
@@ -104,10 +113,15 @@ class Pipeline:
                 started = True
                 record.first_event = self.clock()
                 await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
+            if claims is not None:
+                await claims.see(event)
             await out.write(event)
             if outgrown and not await charge.grow():
                 last = ending(charge.want.ask.dialect, charge.head, charge.want.choices)
-                await out.write(Event(last, terminator=len(last)))
+                event = Event(last, terminator=len(last))
+                if claims is not None:
+                    await claims.see(event)
+                await out.write(event)
                 return
         if not started:
             await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)

@@ -53,12 +53,12 @@ class Routing:
                 return _target(route, match[1])
         return None
 
-    def passthrough(self, tenant: Tenant) -> Target:
-        """The first provider of the file, which serves what has no model. Raises NotFound."""
+    def passthrough(self, tenant: Tenant, model: str = "") -> Target:
+        """The first provider of the file, which serves what is not routed by its model. Raises NotFound."""
         provider = self.providers[0]
         if tenant.providers is not None and provider not in tenant.providers:
             raise NotFound("This key may not use the provider that serves this path.", code="unsupported_route")
-        return Target(provider, "", OTHER)
+        return Target(provider, model, OTHER)
 
 
 def allows(tenant: Tenant, model: str, target: Target) -> bool:

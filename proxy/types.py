@@ -56,12 +56,24 @@ class Call:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """What a request has to do with objects that a provider keeps: responses and conversations."""
+
+    refers: tuple[tuple[str, str], ...] = ()
+    """Those that it names: the member of the body that does (empty: the path does), and the id."""
+    makes: bool = False
+    """The reply may name new ones."""
+    free: bool = False
+    """Nothing is generated: it reads, deletes or counts, and costs nothing."""
+
+
 @dataclass(slots=True)
 class Ask:
     """What a call asks for, once its body is known to be well formed.
 
     `fields` is the canonical top level of a JSON body: each member still the client's own bytes. It is empty for a
-    body that is not JSON (a pass-through).
+    body that travels as it came (a pass-through), whose `model`, if it names one, is for its price alone.
     """
 
     dialect: Dialect
@@ -77,6 +89,8 @@ class Ask:
     """Embeddings: the client decodes base64 (both official SDKs ask for it unless told otherwise)."""
     replayable: bool = False
     """Sending it twice has no effect beyond its price."""
+    objects: Objects | None = None
+    """None: it neither names nor makes any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +188,8 @@ class Record:
     """Their cost in nano-dollars; None where nobody knows a price."""
     costs: bool = False
     """`nano_usd` has been decided, even if nobody knows it."""
+    unpriced: bool = False
+    """Something was used of which nobody knows what it costs, or even how much it was."""
     rate_limits: Headers = field(default_factory=list)
     """`x-ratelimit-*`, where the caller is held to a limit."""
     degraded: bool = False

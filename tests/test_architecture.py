@@ -21,9 +21,13 @@ LAYOUT = Layout(
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
+        (1, "proxy.store.ownership"),  # a port of its own
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
         (2, "proxy.store proxy.budget"),
-        (2, "proxy.transport proxy.providers proxy.observability proxy.catalog"),  # shells: they wait and never decide
+        (
+            2,
+            "proxy.transport proxy.providers proxy.observability proxy.catalog proxy.owners",
+        ),  # shells: they wait and never decide
         (3, "proxy.pipeline"),
         (4, "proxy.edge proxy.admin"),
         (5, "proxy.config proxy.config.settings"),

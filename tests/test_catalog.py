@@ -180,6 +180,17 @@ async def test_it_is_left_alone_for_a_moment_and_then_asked_again() -> None:
     assert stage.asked() == 2
 
 
+async def test_a_list_that_cannot_be_had_is_the_provider_s_failure() -> None:
+    for path in ("/v1/models", "/v1/models/m"):
+        stage = Stage([("*", "a/*")], a=Upstream(whole(b"", 500)))
+        client = Receiver()
+        with pytest.raises(UpstreamUnavailable):
+            await stage.catalog.answer(ask(b"", path, method="GET"), ANYONE, client.answer)
+        record = client.answer.record
+        assert (record.provider, record.attempts) == ("a", 1)
+        assert record.upstream_started == record.upstream_ended == stage.now
+
+
 async def test_a_list_that_cannot_be_renewed_is_still_good() -> None:
     stage = Stage([("*", "a/*")], a=Upstream(listing("x"), whole(b"", 500), listing("y")))
     assert await stage.names() == ["x"]

@@ -22,9 +22,11 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from proxy.owners import Owners
 from proxy.pipeline import Attempt, Pipeline
 from proxy.providers.openai import Timeouts
 from proxy.routing import Route, Routing
+from proxy.store.ownership_memory import MemoryOwnership
 from proxy.transport.answer import NEVER, Answer, End, Outcome
 from proxy.types import Ask, Call, Event, Record, Target, Tenant, Usage
 from tests.budget.scene import RATES, Scene
@@ -46,7 +48,8 @@ def pipeline(upstream: Upstream, **more: Any) -> Pipeline:
     clock = asyncio.get_running_loop().time
     catalog = Catalog(routing, providers, uncached=[], clock=clock)
     budget = Scene(rates={"up": RATES}).budget
-    return Pipeline(Keyless(), routing, providers, catalog, budget, tenants_configured=False, clock=clock)
+    owners = Owners(MemoryOwnership(), strict=False, providers=providers, emit=lambda notice: None)
+    return Pipeline(Keyless(), routing, providers, catalog, budget, owners, tenants_configured=False, clock=clock)
 
 
 async def handled(one: Pipeline, sent: Call, client: Receiver) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
 from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
+from proxy.app.owners import ownership_of
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
 from proxy.catalog import Catalog
@@ -26,6 +27,7 @@ from proxy.edge.head import Limits
 from proxy.observability.events import Bus, ConnectionRefused
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
+from proxy.owners import Owners
 from proxy.pipeline import Pipeline
 from proxy.providers.base import Provider
 from proxy.providers.settings import OpenAISettings
@@ -47,6 +49,7 @@ class Running:
         executor: ThreadPoolExecutor,
         budget: Budget,
         follower: KeyFollower | None,
+        owners: Owners,
     ) -> None:
         self.gateway = gateway
         self.side = side
@@ -57,6 +60,7 @@ class Running:
         self._executor = executor
         self.budget = budget
         self._follower = follower
+        self._owners = owners
 
     async def start(self) -> None:
         """Before anything is served."""
@@ -68,6 +72,7 @@ class Running:
         if self._follower is not None:
             await self._follower.aclose()
         await self.budget.aclose()
+        await self._owners.aclose()
         await self.budget.access.store.aclose()
         for provider in self._providers.values():
             await provider.aclose()
@@ -88,12 +93,16 @@ def create_app(
     registry = registry_of(budget.access.store)
     door = door_of(settings, complete=registry is None)
     follower = follower_of(registry, settings, door, budget.policies, bus) if registry and settings.tenants else None
+    owners = Owners(
+        ownership_of(budget.access.store), strict=bool(settings.tenants), providers=providers, emit=bus.emit
+    )
     pipeline = Pipeline(
         door if settings.tenants else Keyless(any_host=insecure),
         routing,
         providers,
         Catalog(routing, providers, uncached=_with_callers_key(settings), clock=clock),
         budget,
+        owners,
         tenants_configured=bool(settings.tenants),
         clock=clock,
     )
@@ -135,7 +144,7 @@ def create_app(
         write_seconds=listen.write_timeout_ms / 1000,
         keep_alive_seconds=listen.keep_alive_ms / 1000,
     )
-    return Running(gateway, side, limits, metrics, providers, executor, budget, follower)
+    return Running(gateway, side, limits, metrics, providers, executor, budget, follower, owners)
 
 
 def refused_into(bus: Bus) -> Callable[[int, str], None]:

@@ -47,6 +47,10 @@ class Want:
     def generates(self) -> bool:
         return self.ask.dialect not in ("embeddings", "passthrough", "models")
 
+    @property
+    def free(self) -> bool:
+        return self.ask.objects is not None and self.ask.objects.free
+
 
 def want_of(ask: Ask, tags: str = "") -> Want:
     """What the body says. The input is not counted yet. (`validation.requests` has checked the members.)"""

@@ -138,8 +138,12 @@ class Tab:
 
     def answered(self, status: int) -> None:
         """The provider's answer has begun."""
-        assert self._attempt is not None
-        self._attempt.status = status
+        attempt = self._attempt
+        assert attempt is not None
+        attempt.status = status
+        if status < 300 and self.want.free:
+            attempt.usage = Usage()
+            self._tell(attempt, attempt.usage)
 
     def failed(self, error: ProxyError) -> None:
         """The attempt is over, and this is why."""
@@ -189,7 +193,11 @@ class Tab:
         record.costs = True
 
     def _cost(self, plan: Plan, usage: Usage) -> int | None:
-        return None if plan.rates is None or self.want.ask.dialect == "passthrough" else cost(usage, plan.rates)
+        if self.want.free:
+            return 0
+        if self.want.ask.dialect == "passthrough" and (usage.estimated or not plan.target.model):
+            return None
+        return None if plan.rates is None else cost(usage, plan.rates)
 
     # -- what an attempt comes to ------------------------------------------------------------------------------------
 
@@ -208,7 +216,7 @@ class Tab:
 
     async def _estimated(self, attempt: Attempt) -> Usage | None:
         """What an attempt came to of which the provider said nothing; None: nothing."""
-        if attempt.status >= 300 or isinstance(attempt.failed, ConnectFailed):
+        if attempt.status >= 300 or isinstance(attempt.failed, ConnectFailed) or self.want.free:
             return None
         await self._budget.count(self.want, attempt.plan.target)
         given = self.want.input_tokens
@@ -239,6 +247,7 @@ class Tab:
         if not usage.estimated or want.ask.dialect != "passthrough":
             spent.usage = record.usage = usage if spent.usage is None else added(spent.usage, usage)
         record.nano_usd = None if spent.unpriced else spent.before_nano_usd + spent.nano_usd
+        record.unpriced = spent.unpriced
         self._book(attempt, self._line(attempt, usage), complete and not usage.estimated and want.generates)
 
     def _line(self, attempt: Attempt, usage: Usage) -> Line:

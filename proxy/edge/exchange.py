@@ -255,6 +255,7 @@ class Exchange:
                 time_to_first_token=record.first_event - self._started if streamed else None,
                 usage=record.usage,
                 nano_usd=record.nano_usd,
+                unpriced=record.unpriced,
                 bytes_in=self._bytes_in,
                 bytes_out=answer.bytes_out,
                 attempts=record.attempts,

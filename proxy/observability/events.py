@@ -45,6 +45,8 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     nano_usd: int | None = None
     """What `usage` costs, in nano-dollars; None: nobody knows."""
+    unpriced: bool = False
+    """Something was used at a cost that nobody knows, even where `usage` is None: a reply that was passed through."""
     bytes_in: int = 0
     bytes_out: int = 0
     attempts: int = 0
@@ -163,6 +165,14 @@ class KeysFollowed(msgspec.Struct, frozen=True, kw_only=True):
     """For how long it could not."""
 
 
+class OwnershipLost(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose some stored objects are could not be kept: with tenants, they are nobody's now."""
+
+    event: ClassVar[str] = "store.ownership_lost"
+
+    objects: int
+
+
 class ServerStarted(msgspec.Struct, frozen=True, kw_only=True):
     event: ClassVar[str] = "server.started"
 
@@ -213,6 +223,7 @@ Notice = (
     | KeysLost
     | KeysStale
     | KeysFollowed
+    | OwnershipLost
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

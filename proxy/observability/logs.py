@@ -22,6 +22,7 @@ from proxy.observability.events import (
     KeysLost,
     KeysStale,
     Notice,
+    OwnershipLost,
     RequestFinished,
     RequestRefused,
     ServerDraining,
@@ -132,7 +133,9 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
         fields["warnings"] = event.warnings
 
 
-_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, KeysLost, KeysStale)
+_WARNINGS: Final = (
+    RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, KeysLost, KeysStale, OwnershipLost,
+)  # fmt: skip
 
 
 def _level(event: Notice) -> str:
@@ -170,10 +173,10 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
         case KeysFollowed():
             return {"stale_ms": _ms(event.stale)}
-        case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset() | KeysLost() | KeysStale():
-            return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
+        case _:  # its own members, those that say something
+            return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
 
 
 _GREEN: Final = "32"
@@ -222,6 +225,8 @@ class FriendlyLog:
                 self._print(_RED, "keys", f"changes are not heard of ({event.reason})")
             case KeysFollowed():
                 self._print(_GREEN, "keys", f"up to date again after {event.stale:.1f} s")
+            case OwnershipLost():
+                self._print(_YELLOW, "store", f"whose {event.objects} stored objects are was not kept")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -216,6 +216,8 @@ class Metrics:
                 bound.unpriced.value += 1
             else:
                 bound.cost.value += event.nano_usd
+        elif event.unpriced:
+            bound.unpriced.value += 1
         if event.disconnected:
             bound.left.value += 1
         if event.interrupted:

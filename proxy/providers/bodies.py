@@ -36,6 +36,15 @@ def usage_in(body: bytes) -> Usage | None:
     return None if reply.usage is _ABSENT else usage_of(reply.usage)
 
 
+def usage_told(body: bytes) -> Usage | None:
+    """The usage that a JSON text of any kind states at its top level; None if it states none. Never raises."""
+    try:
+        reply = lenient(_body, body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return None if reply.usage is _ABSENT else usage_of(reply.usage)
+
+
 def _is_bare_error(body: bytes) -> bool:
     try:
         reply = lenient(msgspec.json.decode, body)

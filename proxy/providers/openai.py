@@ -29,7 +29,7 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from proxy.providers.bodies import as_stream, error_object, usage_in
+from proxy.providers.bodies import as_stream, error_object, usage_in, usage_told
 from proxy.providers.headers import caller_key, first, request_id, to_client, to_provider, when_to_come_back
 from proxy.providers.replies import PlainReply, RawReply, content_coding, first_piece, read_whole
 from proxy.providers.reshape import edited, floats_to_base64
@@ -145,13 +145,17 @@ class OpenAIProvider:
             headers.append((b"authorization", b"Bearer " + key))
         if passthrough:
             body, path, method = call.body, call.raw_path[3:], call.method.encode()
+            if ask.fields and model != ask.model:
+                body = edited(ask.fields, model=model, with_usage=False)
         elif ask.dialect == "models":
             body, path, method = b"", b"/models", b"GET"
             headers.append(_ACCEPT_JSON)
         else:
             body, path, method = call.body, call.path[3:].encode(), b"POST"
             if model != ask.model or asked_usage or output_cap is not None:
-                cap = None if output_cap is None else (_MAXIMUM[ask.dialect], output_cap)
+                cap = None
+                if output_cap is not None and not call.path.endswith("/compact"):  # a compaction knows no maximum
+                    cap = (_MAXIMUM[ask.dialect], output_cap)
                 body = edited(ask.fields, model=model, with_usage=asked_usage, cap=cap)
             headers.append(_JSON)
             headers.append(_ACCEPT_STREAM if ask.stream else _ACCEPT_JSON)
@@ -167,7 +171,8 @@ class OpenAIProvider:
         passthrough = ask.dialect == "passthrough"
         if not 200 <= status < 300 and not (passthrough and status == 304):
             return await self._refusal(response, deadline)
-        headers = to_client(response.headers, passthrough=passthrough)
+        raw = passthrough and not (ask.objects is not None and ask.objects.makes)
+        headers = to_client(response.headers, passthrough=raw)
         kind = first(response.headers, b"content-type").lower()
         start = b""
         if (ask.stream or passthrough) and not content_coding(response.headers):
@@ -179,8 +184,9 @@ class OpenAIProvider:
                 if start.lstrip()[:1] not in (b"{", b"["):
                     return await self._stream(ask, response, headers, deadline, asked_usage, start)
         upstream_id = request_id(response.headers)
-        if passthrough:
-            return RawReply(response, headers, idle=self.timeouts.idle, upstream_request_id=upstream_id)
+        if raw:
+            told = usage_told if b"json" in kind and _generates(ask) and not content_coding(response.headers) else None
+            return RawReply(response, headers, idle=self.timeouts.idle, upstream_request_id=upstream_id, usage_in=told)
         body = await read_whole(response, deadline, start=start)
         usage = usage_in(body)
         terminator = 0
@@ -207,7 +213,7 @@ class OpenAIProvider:
         if ask.dialect == "responses":
             judge = judge_response_event
         elif ask.dialect == "passthrough":
-            judge = _pass_any
+            judge = _pass_and_count if _generates(ask) else _pass_any
         else:
             judge = partial(judge_chunk, asked_usage)
             ordinary = partial(pass_ordinary, asked_usage)
@@ -268,6 +274,17 @@ class OpenAIProvider:
 def _pass_any(raw: bytes, data: bytes) -> Verdict | None:
     """A pass-through stream has no dialect: any event is good."""
     return None
+
+
+def _pass_and_count(raw: bytes, data: bytes) -> Verdict | None:
+    """The same, of a request that may have to be paid for: speech and images tell their usage in their last event."""
+    usage = usage_told(data) if b'"usage"' in data else None
+    return None if usage is None else Verdict(raw, usage)
+
+
+def _generates(ask: Ask) -> bool:
+    """Whether the usage in a passed reply is this request's: what is only read was paid for when it was made."""
+    return ask.call.method == "POST" and not (ask.objects is not None and ask.objects.free)
 
 
 def _typed(headers: Headers, content_type: bytes) -> Headers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from proxy.errors import UpstreamBroken
@@ -17,6 +17,8 @@ MAX_BODY_BYTES = 128 * 1024 * 1024
 
 
 _BLANKS: Final = 65_536
+_COUNTED_BYTES: Final = 16 * 1024 * 1024
+"""Of a body that is passed through: of a larger one nobody reads what it says of its usage. Four large images."""
 
 
 def content_coding(headers: Headers) -> bytes:
@@ -126,7 +128,16 @@ class RawReply:
 
     stream = False
 
-    def __init__(self, response: Response, headers: Headers, *, idle: float, upstream_request_id: str) -> None:
+    def __init__(
+        self,
+        response: Response,
+        headers: Headers,
+        *,
+        idle: float,
+        upstream_request_id: str,
+        usage_in: Callable[[bytes], Usage | None] | None = None,
+    ) -> None:
+        """`usage_in` reads the usage out of the whole body, which is kept for it while it passes; None: nobody asks."""
         self.status = response.status
         self.headers = headers
         self.upstream_request_id = upstream_request_id
@@ -136,6 +147,9 @@ class RawReply:
         self._response = response
         self._idle = idle
         self._now = asyncio.get_running_loop().time
+        self._usage_in = usage_in
+        self._kept: list[bytes] = []
+        self._size = 0
 
     @property
     def events(self) -> AsyncIterator[Event]:
@@ -146,6 +160,17 @@ class RawReply:
 
     async def __anext__(self) -> Event:
         piece = await self._response.read(self._now() + self._idle)
+        if self._usage_in is not None:
+            self._size += len(piece)
+            self._kept.append(piece)
+            if self._size > _COUNTED_BYTES:
+                self._usage_in = None
+                self._kept.clear()
+            elif not piece or self._size == self.length:
+                usage, self._usage_in = self._usage_in(b"".join(self._kept)), None
+                self._kept.clear()
+                if piece or usage is not None:
+                    return Event(piece, usage)  # an empty one at the end of a body whose length nobody knew
         if not piece:
             raise StopAsyncIteration
         return Event(piece)

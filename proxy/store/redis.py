@@ -8,7 +8,8 @@ All keys begin with `{bw:<namespace>}`, and so share one slot of a cluster; afte
     epoch               the life of the store, and its steady clock         s:<kind>:<length>:<name>   a scope's windows
     leases              sorted set of live reservations by end of lease     r:<id>                     a reservation
     outbox              stream of records                                   u:<hour>[:<length>:<tenant>]   roll-ups
-    collects            while a cold store is seeded                       keys   hash of keys made at run time
+    collects            while a cold store is seeded                        o:<digest>                 an object's owner
+    keys                hash of the keys made at run time
 
 Names of tenants and keys come after their length, and ids are our own hexadecimal digits: no name, whatever it holds,
 makes the key of another. Answers are one packed string each: a letter, then 64-bit integers, little-endian.
@@ -56,6 +57,7 @@ from proxy.store.connection import Words
 from proxy.store.dial import Dialer
 from proxy.store.ledger import grouped, outbox_place, overflow, tally_values
 from proxy.store.link import Link, StateListener
+from proxy.store.ownership_redis import RedisOwnership
 from proxy.store.registry import MAX_KEYS, KeyRegistry
 from proxy.store.registry_redis import RedisRegistry
 from proxy.store.scripts import Scripts
@@ -220,6 +222,10 @@ class RedisStore:
     def registry(self, most: int = MAX_KEYS) -> KeyRegistry:
         """The keys that are made at run time, at most so many, in the same place. Open as long as the store."""
         return RedisRegistry(self._slow, self._scripts, self._prefix, clock=self._clock, most=most)
+
+    def ownership(self) -> RedisOwnership:
+        """Whose the objects are that providers keep, over the same connection."""
+        return RedisOwnership(self._link, self._prefix, self._scripts.claim)
 
     async def aclose(self) -> None:
         await self._link.aclose()

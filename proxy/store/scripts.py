@@ -16,6 +16,7 @@ _SHARED: Final = {
     "key_create": ("registry",),
     "key_revoke": ("registry",),
     "key_rotate": ("registry",),
+    "claim": (),
 }
 
 
@@ -33,6 +34,7 @@ class Scripts:
         self.key_create = self._add("key_create")
         self.key_revoke = self._add("key_revoke")
         self.key_rotate = self._add("key_rotate")
+        self.claim = self._add("claim")
 
     def _add(self, verb: str) -> bytes:
         folder = resources.files("proxy.store") / "lua"

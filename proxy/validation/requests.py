@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -22,7 +21,9 @@ import orjson
 
 from proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
 from proxy.globs import matches
-from proxy.types import Ask, Call, Dialect, Tenant
+from proxy.types import Ask, Call, Dialect, Objects, Tenant
+from proxy.validation import stored
+from proxy.validation.stored import member as _member
 
 MAX_MODEL_CHARS = 256
 MAX_CHOICES = 128
@@ -36,6 +37,8 @@ _JSON_ROUTES: dict[str, Dialect] = {
     "/v1/embeddings": "embeddings",
     "/v1/responses": "responses",
 }
+_COUNT = "/v1/responses/input_tokens"
+_COMPACT = "/v1/responses/compact"
 _RESPONSES_TOOLS_WITHOUT_EFFECT = ("function", "custom")
 _UNSAFE_PATH = re.compile(rb"%(?:2e|2f|5c|00|25|0[ad])|\.\.|//|[\\;\x00-\x20\x7f-\xff]", re.IGNORECASE)
 
@@ -57,6 +60,11 @@ class _Large(msgspec.Struct):
     documents: msgspec.Raw = _EMPTY
 
 
+class _Named(msgspec.Struct):
+    model: str = ""
+
+
+_named = msgspec.json.Decoder(_Named).decode
 _large = msgspec.json.Decoder(_Large).decode
 _top_level = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _PLAIN_KEY = re.compile(r"[a-z_]{1,32}")
@@ -65,8 +73,10 @@ _KEY = re.compile(rb'[\s{,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
 
 def route_of(path: str) -> str:
     """The label of a path, whatever becomes of the request; `unmatched` for all that is not a route of our own."""
-    if path in _JSON_ROUTES or path == "/v1/models":
+    if path in _JSON_ROUTES or path in ("/v1/models", _COUNT, _COMPACT):
         return path
+    if path.startswith(stored.RESPONSES):
+        return "/v1/responses/{id}"
     return "/v1/models/{id}" if path.startswith("/v1/models/") else "unmatched"
 
 
@@ -78,25 +88,55 @@ def parse(call: Call, tenant: Tenant, *, tenants_configured: bool) -> Ask:
         if call.method != "POST":
             raise _method_not_allowed(b"POST")
         ask = Ask(dialect, path, call)
-        _read_body(ask, call.body)
+        _read_body(ask)
         if dialect == "responses":
-            _read_responses(ask, stored_allowed=not tenants_configured)
+            _read_responses(ask, strict=tenants_configured)
         return ask
+    if path.startswith(stored.RESPONSES):
+        return _below_responses(call, tenant, strict=tenants_configured)
     if path == "/v1/models" or path.startswith("/v1/models/"):
         if call.method not in ("GET", "HEAD"):
             raise _method_not_allowed(b"GET, HEAD")
         return Ask("models", route_of(path), call, model=path[len("/v1/models/") :])
-    if path.startswith("/v1/responses/") and tenants_configured:
-        # The provider keeps these objects by account, not by tenant: nobody remembers yet whose they are.
-        raise NotFound("There is no such stored response.", code="unsupported_route")
-    return _passthrough(call, tenant)
+    return _passthrough(call, tenant, strict=tenants_configured)
 
 
-def _passthrough(call: Call, tenant: Tenant) -> Ask:
+def _below_responses(call: Call, tenant: Tenant, *, strict: bool) -> Ask:
+    """Counting and compacting, which keep nothing; else a stored response."""
+    if call.path == _COUNT and call.method == "POST":
+        fields = _object(call)
+        ask = Ask("passthrough", _COUNT, call, fields=fields, replayable=True)
+        if _member(fields, "model") is not None:
+            ask.model = _model(fields)
+        ask.objects = Objects(_references(fields, strict=strict), free=True)
+        return ask
+    if call.path == _COMPACT and call.method == "POST":
+        ask = Ask("responses", _COMPACT, call)
+        _read_body(ask)
+        if ask.stream:
+            raise InvalidRequest("A compaction does not stream.", param="stream")
+        refers = _references(ask.fields, strict=strict)
+        ask.objects = Objects(refers) if refers else None
+        return ask
+    objects = stored.of_response(call.method, call.path)
+    if objects is None:
+        if strict:  # whatever it is, nobody can tell whose
+            raise stored.unknown("")
+        return _passthrough(call, tenant, strict=False)
+    _check_path(call)
+    replayable = call.method in ("GET", "HEAD")
+    return Ask("passthrough", "/v1/responses/{id}", call, replayable=replayable, objects=objects)
+
+
+def _check_path(call: Call) -> None:
     raw = call.raw_path
     # The second clause says it once more, for everything hangs on it: what is forwarded is what was allowed.
     if _UNSAFE_PATH.search(raw) or unquote_to_bytes(raw).rstrip(b"/") != call.path.encode():
         raise InvalidRequest("The path holds an encoded or doubled separator, a dot segment or a control character.")
+
+
+def _passthrough(call: Call, tenant: Tenant, *, strict: bool) -> Ask:
+    _check_path(call)
     if tenant.passthrough is not None and not any(matches(pattern, call.path) for pattern in tenant.passthrough):
         raise NotFound(
             "This path is not a route of this gateway. Paths beyond its own are forwarded only where "
@@ -105,7 +145,27 @@ def _passthrough(call: Call, tenant: Tenant) -> Ask:
         )
     if call.method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
         raise _method_not_allowed(b"GET, HEAD, POST, PUT, PATCH, DELETE")
-    return Ask("passthrough", "passthrough", call, replayable=call.method in ("GET", "HEAD"))
+    ask = Ask("passthrough", "passthrough", call, replayable=call.method in ("GET", "HEAD"))
+    ask.objects = stored.of_conversation(call.method, call.path)
+    if strict and ask.objects is not None and call.body and stored.refers_to_items(_object(call), "items"):
+        raise stored.unknown("items")
+    if strict and ask.objects is None and call.path == stored.CONVERSATIONS:
+        raise stored.unknown("")  # all of the account's
+    if call.method == "POST" and ask.objects is None:
+        ask.model = _named_model(call)
+    return ask
+
+
+def _named_model(call: Call) -> str:
+    """The model that a JSON body names, for its price: whatever is wrong with the body is the provider's to say."""
+    kind = call.header(b"content-type") or b""
+    if b"json" not in kind.lower() or len(call.body) > _CROWD_BYTES:
+        return ""
+    try:
+        model = _named(call.body).model
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    return model if len(model) <= MAX_MODEL_CHARS and model.isprintable() else ""
 
 
 def _method_not_allowed(allow: bytes) -> MethodNotAllowed:
@@ -115,13 +175,18 @@ def _method_not_allowed(allow: bytes) -> MethodNotAllowed:
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
 
-def _read_body(ask: Ask, body: bytes) -> None:
-    if not body:
+def _object(call: Call) -> dict[str, msgspec.Raw]:
+    """The body's top level. Raises InvalidRequest."""
+    if not call.body:
         raise InvalidRequest("The request has no body. Send a JSON object.", code="invalid_json")
-    encoding = ask.call.header(b"content-encoding")
+    encoding = call.header(b"content-encoding")
     if encoding is not None and encoding.strip().lower() != b"identity":
         raise InvalidRequest("Compressed request bodies are not accepted; send it without Content-Encoding.")
-    ask.fields = fields = decode(body)
+    return decode(call.body)
+
+
+def _read_body(ask: Ask) -> None:
+    ask.fields = fields = _object(ask.call)
     ask.model = _model(fields)
     ask.stream = _boolean(fields, "stream")
     for name in _TOKEN_LIMITS:
@@ -211,17 +276,6 @@ def _refuse_duplicates(body: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
         position += len(known)
 
 
-def _member(fields: Mapping[str, msgspec.Raw], name: str) -> Any:
-    """One top-level member, parsed strictly. None when absent or null. Raises InvalidRequest naming it."""
-    raw = fields.get(name)
-    if raw is None:
-        return None
-    try:
-        return orjson.loads(memoryview(raw))
-    except orjson.JSONDecodeError:
-        raise InvalidRequest(f"'{name}' holds a value that JSON does not allow.", param=name) from None
-
-
 def _model(fields: Mapping[str, msgspec.Raw]) -> str:
     model = _member(fields, "model")
     if not isinstance(model, str) or not model:
@@ -251,20 +305,13 @@ def _integer(fields: Mapping[str, msgspec.Raw], name: str, least: int, most: int
 # --- responses ------------------------------------------------------------------------------------------------------
 
 
-def _read_responses(ask: Ask, *, stored_allowed: bool) -> None:
+def _read_responses(ask: Ask, *, strict: bool) -> None:
     """What a response refers to decides who may send it, and whether it may be sent twice."""
     fields = ask.fields
     stores = _member(fields, "store") is not False  # its default is true
-    refers = [name for name in ("previous_response_id", "conversation") if _member(fields, name) is not None]
-    if not stored_allowed:
-        if not refers and _refers_to_items(fields):
-            refers = ["input"]
-        if refers:
-            raise NotFound(
-                f"'{refers[0]}' names an object that this gateway does not know to be yours.",
-                code="unsupported_route",
-                param=refers[0],
-            )
+    refers = _references(fields, strict=strict)
+    if stores or refers:
+        ask.objects = Objects(refers, makes=stores)
     tools = _member(fields, "tools") or []
     hosted = not isinstance(tools, list) or any(
         not isinstance(tool, dict) or tool.get("type") not in _RESPONSES_TOOLS_WITHOUT_EFFECT for tool in tools
@@ -272,9 +319,8 @@ def _read_responses(ask: Ask, *, stored_allowed: bool) -> None:
     ask.replayable = not (stores or refers or hosted or _member(fields, "background"))
 
 
-def _refers_to_items(fields: Mapping[str, msgspec.Raw]) -> bool:
-    raw = fields.get("input")
-    if raw is None or bytes(memoryview(raw)[:1]) != b"[":
-        return False
-    items = _member(fields, "input")
-    return any(isinstance(item, dict) and item.get("type") == "item_reference" for item in items)
+def _references(fields: Mapping[str, msgspec.Raw], *, strict: bool) -> stored.References:
+    """Objects whose owner is known to somebody. Raises NotFound for items, of which it never is, where `strict`."""
+    if strict and stored.refers_to_items(fields, "input"):
+        raise stored.unknown("input")
+    return stored.references(fields)

@@ -309,12 +309,15 @@ def test_what_a_tenant_may_not_use_does_not_exist(sdk: Sdk, keyed: ServeProcess)
     assert refused(narrow, openai.NotFoundError, "moderations.create", input="x").code == "unsupported_route"
     acme = narrow.altered(api_key=TENANT_KEY)
     assert acme.call("moderations.create", model="any", input="x").results
-    made = acme.call("responses.create", model="any", input="hi")
+    made = acme.call("responses.create", model="gpt-4o-mini", input="hi")
+    assert acme.call("responses.create", model="any", input="and?", previous_response_id=made.id).output_text
+    assert acme.call("responses.retrieve", made.id).output_text == made.output_text
     for options in ({"previous_response_id": made.id}, {"conversation": "conv_1"}):
-        error = refused(acme, openai.NotFoundError, "responses.create", model="any", input="hi", **options)
+        error = refused(narrow, openai.NotFoundError, "responses.create", model="gpt-4o-mini", input="hi", **options)
         assert (error.code, error.param) == ("unsupported_route", next(iter(options)))
-    error = refused(acme, openai.NotFoundError, "responses.retrieve", response_id=made.id)
+    error = refused(narrow, openai.NotFoundError, "responses.retrieve", response_id=made.id)
     assert error.code == "unsupported_route"
+    acme.call("responses.delete", made.id)
 
 
 def test_unknown_paths_and_methods(sdk: Sdk, proxy: ServeProcess) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
-from proxy.types import Ask, Call, Tenant
+from proxy.types import Ask, Call, Objects, Tenant
 from proxy.validation.requests import decode, parse
 
 ANYONE = Tenant("default", passthrough=None)
@@ -202,30 +202,161 @@ def test_only_a_response_without_effects_may_be_sent_twice(body: dict, replayabl
     assert ask({"model": "m", "input": "hi", **body}, "/v1/responses").replayable is replayable
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/compact", "/v1/responses/input_tokens"])
+@pytest.mark.parametrize("tenants", [True, False])
+def test_the_stored_objects_that_a_body_names(path: str, tenants: bool) -> None:
+    for body, refers in [
+        ({}, ()),
+        ({"previous_response_id": None, "conversation": None}, ()),
+        ({"previous_response_id": "resp_1"}, (("previous_response_id", "resp_1"),)),
+        ({"conversation": "conv_1"}, (("conversation", "conv_1"),)),
+        ({"conversation": {"id": "conv_1"}}, (("conversation", "conv_1"),)),
+        (
+            {"previous_response_id": "resp_1", "conversation": "conv_1"},
+            (("previous_response_id", "resp_1"), ("conversation", "conv_1")),
+        ),
+        (b'{"model":"m","input":"x","previous\\u005fresponse_id":"resp_1"}', (("previous_response_id", "resp_1"),)),
+        (b'{"model":"m","conversation":{"\\u0069d":"conv_\\u0031"}}', (("conversation", "conv_1"),)),
+    ]:
+        sent = body if isinstance(body, bytes) else {"model": "m", "input": "x", **body}
+        objects = ask(sent, path, tenants=tenants).objects
+        assert (objects.refers if objects is not None else ()) == refers
+    for wrong in (
+        {"previous_response_id": 1},
+        {"previous_response_id": ["resp_1"]},
+        {"conversation": {}},
+        {"conversation": {"id": 1}},
+        {"conversation": {"id": "conv_1", "x": "y" * 4096}},
+        b'{"model":"m","conversation":{"id":"conv_1","id":"conv_2"}}',
+        b'{"model":"m","conversation":{"id":"conv_1","\\u0069d":"conv_2"}}',
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            ask(wrong if isinstance(wrong, bytes) else {"model": "m", "input": "x", **wrong}, path, tenants=tenants)
+        assert caught.value.param in ("previous_response_id", "conversation")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/compact", "/v1/responses/input_tokens"])
 @pytest.mark.parametrize(
-    ("body", "param"),
+    "body",
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"conversation": "conv_1"}, "conversation"),
-        ({"conversation": {"id": "conv_1"}}, "conversation"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
-        (b'{"model":"m","previous\\u005fresponse_id":"resp_1"}', "previous_response_id"),
-        (b'{"model":"m","input":[{"type":"item\\u005freference","id":"msg_1"}]}', "input"),
+        {"input": [{"type": "message", "content": "x"}, {"type": "item_reference", "id": "msg_1"}]},
+        {"input": [{"id": "msg_1"}]},
+        {"input": [{"id": "msg_1", "type": None}]},
+        b'{"model":"m","input":[{"type":"item\\u005freference","id":"msg_1"}]}',
     ],
 )
-def test_with_tenants_nobody_reaches_stored_objects_of_the_account(body: object, param: str) -> None:
+def test_with_tenants_nobody_reaches_items_of_the_account(body: object, path: str) -> None:
     body = body if isinstance(body, bytes) else {"model": "m", **body}  # type: ignore[dict-item]
     with pytest.raises(NotFound) as caught:
-        ask(body, "/v1/responses", tenants=True)
-    assert (caught.value.status, caught.value.param) == (404, param)
-    assert ask(body, "/v1/responses").dialect == "responses"
+        ask(body, path, tenants=True)
+    assert (caught.value.status, caught.value.param) == (404, "input")
+    ask(body, path)
+    messages = [{"role": "user", "content": "x"}, {"id": "msg_1", "role": "assistant", "content": "x"}]
+    ask({"model": "m", "input": messages}, path, tenants=True)
 
 
-def test_stored_responses_pass_without_tenants_only() -> None:
-    stored = call("/v1/responses/resp_1", method="GET")
-    assert parse(stored, ANYONE, tenants_configured=False).dialect == "passthrough"
+def test_only_a_response_that_is_kept_makes_objects() -> None:
+    for body, makes in [({}, True), ({"store": None}, True), ({"store": True}, True), ({"store": False}, False)]:
+        objects = ask({"model": "m", "input": "x", **body}, "/v1/responses").objects
+        assert (objects is not None and objects.makes) is makes
+    assert ask({"model": "m", "input": "x"}, "/v1/responses/compact").objects is None
+    assert ask(CHAT).objects is None
+
+
+@pytest.mark.parametrize("tenants", [True, False])
+@pytest.mark.parametrize(
+    ("method", "path", "object_id"),
+    [
+        ("GET", "/v1/responses/resp_1", "resp_1"),
+        ("HEAD", "/v1/responses/resp_1", "resp_1"),
+        ("DELETE", "/v1/responses/resp_1", "resp_1"),
+        ("POST", "/v1/responses/resp_1/cancel", "resp_1"),
+        ("GET", "/v1/responses/resp_1/input_items", "resp_1"),
+        ("GET", "/v1/responses/compact", "compact"),
+    ],
+)
+def test_a_stored_response_is_named_by_its_path(method: str, path: str, object_id: str, tenants: bool) -> None:
+    nothing_allowed = Tenant("acme")  # nor needed: these are routes of our own
+    found = parse(call(path, b"", method=method), nothing_allowed, tenants_configured=tenants)
+    assert (found.dialect, found.route, found.objects) == (
+        "passthrough",
+        "/v1/responses/{id}",
+        Objects((("", object_id),), free=True),
+    )
+    assert found.replayable is (method in ("GET", "HEAD"))
+    unsafe = call(path, b"", method=method)
+    unsafe.raw_path = path.encode() + b"%2f..%2fother"
+    with pytest.raises(InvalidRequest):
+        parse(unsafe, nothing_allowed, tenants_configured=tenants)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("PUT", "/v1/responses/resp_1"),
+        ("POST", "/v1/responses/resp_1"),
+        ("GET", "/v1/responses/resp_1/cancel"),
+        ("POST", "/v1/responses/resp_1/new"),
+        ("GET", "/v1/responses/resp_1/input_items/x"),
+    ],
+)
+def test_with_tenants_a_response_has_no_parts_that_are_not_known(method: str, path: str) -> None:
+    with pytest.raises(NotFound) as caught:
+        parse(call(path, b"{}", method=method), Tenant("acme", passthrough=("/v1/*",)), tenants_configured=True)
+    assert caught.value.code == "unsupported_route"
+    assert parse(call(path, b"{}", method=method), ANYONE, tenants_configured=False).route == "passthrough"
+
+
+def test_conversations_need_permission_and_an_owner() -> None:
+    allowed = Tenant("acme", passthrough=("/v1/conversations*",))
+    for method, path, body, objects in [
+        ("POST", "/v1/conversations", b"{}", Objects(makes=True, free=True)),
+        ("POST", "/v1/conversations", b"", Objects(makes=True, free=True)),
+        ("GET", "/v1/conversations/c_1", b"", Objects((("", "c_1"),), free=True)),
+        ("POST", "/v1/conversations/c_1/items", b'{"items":[]}', Objects((("", "c_1"),), free=True)),
+        ("DELETE", "/v1/conversations/c_1/items/i", b"", Objects((("", "c_1"),), free=True)),
+    ]:
+        sent = call(path, body, method=method)
+        assert parse(sent, allowed, tenants_configured=True).objects == objects
+        with pytest.raises(NotFound):
+            parse(sent, Tenant("acme"), tenants_configured=True)
     with pytest.raises(NotFound):
-        parse(stored, Tenant("acme", passthrough=("/v1/*",)), tenants_configured=True)
+        parse(call("/v1/conversations", method="GET"), allowed, tenants_configured=True)
+    taking = call("/v1/conversations", b'{"items":[{"type":"item_reference","id":"msg_of_another"}]}')
+    with pytest.raises(NotFound):
+        parse(taking, allowed, tenants_configured=True)
+
+
+def test_counting_needs_no_model_and_is_routed_by_the_one_it_names() -> None:
+    counted = ask({"input": "x"}, "/v1/responses/input_tokens", tenants=True)
+    assert (counted.dialect, counted.model, counted.replayable) == ("passthrough", "", True)
+    assert counted.objects == Objects(free=True)
+    assert ask({"model": "m", "input": "x"}, "/v1/responses/input_tokens").model == "m"
+    compacted = ask({"model": "m", "input": "x"}, "/v1/responses/compact", tenants=True)
+    assert (compacted.dialect, compacted.model, compacted.route) == ("responses", "m", "/v1/responses/compact")
+    for body in ({"input": "x"}, {"model": "m", "input": "x", "stream": True}):
+        with pytest.raises(InvalidRequest):
+            ask(body, "/v1/responses/compact")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "model"),
+    [
+        (b'{"model":"m","input":"x"}', b"application/json", "m"),
+        (b'{"model":"m"}', b"application/json; charset=utf-8", "m"),
+        (b'{"model":"m"}', b"text/plain", ""),
+        (b'{"model":7}', b"application/json", ""),
+        (b'{"model":', b"application/json", ""),
+        (b'{"model":"' + b"m" * 300 + b'"}', b"application/json", ""),
+        (b'{"model":"a\\nb"}', b"application/json", ""),
+        (b"[" * 100_000, b"application/json", ""),
+        (b"\xff", b"application/json", ""),
+    ],
+)
+def test_the_model_of_a_pass_through_is_what_its_body_names(body: bytes, kind: bytes, model: str) -> None:
+    sent = call("/v1/images/generations", body, headers=[(b"content-type", kind)])
+    passed = parse(sent, ANYONE, tenants_configured=False)
+    assert (passed.dialect, passed.model, passed.fields) == ("passthrough", model, {})
 
 
 @pytest.mark.parametrize(
