@@ -31,12 +31,11 @@ from proxy.errors import StoreUnavailable
 from proxy.observability.events import Bus
 from proxy.observability.metrics import Gauged
 from proxy.providers.settings import OpenAISettings, ProviderSettings
+from proxy.store.address import MEMORY
 from proxy.store.base import DIMENSIONS, ROLLUP_MS, SEED_MS, BudgetStore
 from proxy.store.base import StoreUnavailable as StoreAway
 from proxy.store.memory import MemoryStore
 from proxy.tokens.count import Counter
-
-MEMORY = "memory://"
 
 
 def store_of(settings: Settings) -> BudgetStore:

@@ -16,7 +16,6 @@ makes the key of another. Answers are one packed string each: a letter, then 64-
 
 from __future__ import annotations
 
-import re
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import Any, Final
 
 from proxy.budget.amounts import WINDOWS, Amounts, Row
 from proxy.budget.clocks import DAY_MS
-from proxy.store.address import parse_address
+from proxy.store.address import NAMESPACE, parse_address
 from proxy.store.base import (
     OUTBOX_RECORDS,
     ROLLUP_FIELDS,
@@ -58,7 +57,6 @@ from proxy.store.ledger import grouped, outbox_place, overflow, tally_values
 from proxy.store.link import Link, StateListener
 from proxy.store.scripts import Scripts
 
-_NAMESPACE: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRIPLE: Final = struct.Struct("<3d")
 _COUNTS: Final = struct.Struct("<8d")
 _LIMITS: Final = struct.Struct("<8d")
@@ -106,7 +104,7 @@ class RedisStore:
         listener: StateListener | None = None,
         clock: Callable[[], int] | None = None,
     ) -> None:
-        if not _NAMESPACE.fullmatch(namespace):
+        if not NAMESPACE.fullmatch(namespace):
             raise ValueError("a namespace is 1 to 64 letters, digits, '.', '_' or '-'")
         tag = f"bw:{namespace}".encode()
         self._prefix = b"{" + tag + b"}"
