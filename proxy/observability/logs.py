@@ -24,7 +24,9 @@ from proxy.observability.events import (
     ServerDraining,
     ServerStarted,
     ServerStopped,
+    SettlementsLost,
     StoreDegraded,
+    StoreMisconfigured,
     StoreRecovered,
     StoreReset,
 )
@@ -129,11 +131,12 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
         fields["warnings"] = event.warnings
 
 
-_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset)
+_STORE: Final = (StoreDegraded, StoreReset, StoreMisconfigured)
+_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, *_STORE)
 
 
 def _level(event: Notice) -> str:
-    if isinstance(event, InternalFault):
+    if isinstance(event, InternalFault | SettlementsLost):
         return "error"
     return "warning" if isinstance(event, _WARNINGS) else "info"
 
@@ -160,12 +163,14 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {"version": event.version, "listen": event.listen, "config_hash": event.config_hash}
         case ServerDraining():
             return {"in_flight": event.in_flight}
+        case SettlementsLost():
+            return {"count": event.count}
         case ServerStopped():
             return {"uptime_ms": _ms(event.uptime), "cut": event.cut}
         case InternalFault():
             ids = {"request_id": event.request_id, "trace_id": event.trace_id} if event.request_id else {}
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
-        case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset():
+        case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset() | StoreMisconfigured():
             return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
@@ -211,6 +216,11 @@ class FriendlyLog:
                 self._print(_GREEN, "store", f"back after {event.away:.1f} s, {event.replayed} settlements caught up")
             case StoreReset():
                 self._print(_YELLOW, "store", f"began again, with what is remembered of {event.scopes} scopes")
+            case StoreMisconfigured():
+                text = f"the server will not do for long: version {event.version}, eviction {event.eviction}"
+                self._print(_YELLOW, "store", text)
+            case SettlementsLost():
+                self._print(_RED, "store", f"{event.count} settlements were lost with the process")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

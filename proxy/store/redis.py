@@ -8,7 +8,7 @@ All keys begin with `{bw:<namespace>}`, and so share one slot of a cluster; afte
     epoch               the life of the store, and its steady clock         s:<kind>:<length>:<name>   a scope's windows
     leases              sorted set of live reservations by end of lease     r:<id>                     a reservation
     outbox              stream of records                                   u:<hour>[:<length>:<tenant>]   roll-ups
-    collects            while a cold store is seeded
+    collects            while a cold store is seeded                   processes    sorted set of live processes
 
 Names of tenants and keys come after their length, and ids are our own hexadecimal digits: no name, whatever it holds,
 makes the key of another. Answers are one packed string each: a letter, then 64-bit integers, little-endian.
@@ -31,6 +31,7 @@ from proxy.store.base import (
     ROLLUP_MS,
     SEED_MS,
     Balance,
+    Beat,
     Cold,
     Dimension,
     Ended,
@@ -43,8 +44,10 @@ from proxy.store.base import (
     Reservation,
     Scope,
     Seeded,
+    Server,
     Settled,
     Settlement,
+    StoreUnavailable,
     UsageRow,
     checked_amounts,
     checked_entries,
@@ -53,6 +56,7 @@ from proxy.store.base import (
 )
 from proxy.store.connection import Words
 from proxy.store.dial import Dialer
+from proxy.store.info import server_of
 from proxy.store.ledger import grouped, outbox_place, overflow, tally_values
 from proxy.store.link import Link, StateListener
 from proxy.store.scripts import Scripts
@@ -192,6 +196,20 @@ class RedisStore:
         answer = await self._run(self._scripts.seed, (self._prefix + b"collects", *keys), (collect_ms, *known))
         wait_ms, first = _numbers(answer)
         return Seeded(wait_ms, bool(first))
+
+    async def beat(self, process_id: str, life_ms: int) -> Beat:
+        words: Words = (checked_id(process_id), life_ms)
+        processes, epoch = _numbers(await self._run(self._scripts.beat, (self._prefix + b"processes",), words))
+        return Beat(processes, epoch)
+
+    async def server(self) -> Server | None:
+        try:
+            (answer,) = await self._read([(b"INFO",)])
+        except StoreUnavailable as error:
+            if error.reason == "refused":
+                return None  # Not everybody may ask, and everything else works without.
+            raise
+        return server_of(answer)
 
     async def usage(self, since_ms: int, until_ms: int, by: Sequence[Dimension]) -> list[UsageRow]:
         # A day on either side: the hours were named by the server's clock, and this is ours.

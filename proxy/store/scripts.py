@@ -13,6 +13,7 @@ _SHARED: Final = {
     "extend": ("windows", "reservations"),
     "balance": ("windows", "reservations"),
     "seed": ("windows",),
+    "beat": ("windows",),
 }
 
 
@@ -27,6 +28,7 @@ class Scripts:
         self.extend = self._add("extend")
         self.balance = self._add("balance")
         self.seed = self._add("seed")
+        self.beat = self._add("beat")
 
     def _add(self, verb: str) -> bytes:
         folder = resources.files("proxy.store") / "lua"

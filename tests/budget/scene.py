@@ -105,11 +105,11 @@ class Scene:
             self.watch,
             clock=loop_clock,
             emit=self.events.append,
-            processes=lambda: processes,
             collect_ms=collect_ms,
             queued=queued,
             extend_seconds=extend_seconds,
         )
+        self.access.fleet.processes = processes
         self.counter = Counter()
         self.budget = Budget(
             self.access,
