@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from proxy import __version__
-from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
+from proxy.app.budgets import budget_of, budgets_shown, gauges_of, readiness_of, used
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
 from proxy.catalog import Catalog
@@ -97,6 +97,7 @@ def create_app(
         budgets=lambda: gauges_of(budget),
     )
     budget.observe = metrics.estimated
+    budget.access.failed = metrics.store_failed
     bus.subscribe(metrics)
     local = is_loopback(listen.host)
     side = Side(
@@ -106,6 +107,7 @@ def create_app(
         metrics_open=local or settings.observability.metrics_public,
         any_host=not local,
         admin=lambda: _admin(loaded, budget, lambda: gateway.in_flight),
+        store=readiness_of(settings, budget),
     )
     gateway = Gateway(
         pipeline,

@@ -24,9 +24,11 @@ from proxy.budget.pricing import (
     facts_of,
     vendor_of,
 )
+from proxy.budget.readiness import Readiness
 from proxy.budget.report import by_tenant, gauges, shown, usage_shown
 from proxy.budget.watch import Watch
 from proxy.config.settings import Settings
+from proxy.edge.auth import DEFAULT
 from proxy.errors import StoreUnavailable
 from proxy.observability.events import Bus
 from proxy.observability.metrics import Gauged
@@ -73,6 +75,11 @@ def budget_of(settings: Settings, bus: Bus, counter: Counter) -> Budget:
     )
 
 
+def readiness_of(settings: Settings, budget: Budget) -> Readiness:
+    tenants = [one.name for one in settings.tenants] or [DEFAULT.name]
+    return Readiness(budget.access, budget.policies, tenants, list(settings.providers))
+
+
 def _prices(settings: Settings) -> PriceBook:
     library: Library = NoLibrary()
     patterns: list[tuple[str, str]] = []
@@ -115,7 +122,7 @@ async def used(budget: Budget, span_ms: int, by: list[str]) -> list[dict[str, An
     now = budget.wall_ms()
     since = (now - span_ms) // ROLLUP_MS * ROLLUP_MS
     try:
-        return usage_shown(await budget.access.store.usage(since, now + ROLLUP_MS, names), names)
+        return usage_shown(await budget.access.usage(since, now + ROLLUP_MS, names), names)
     except StoreAway as error:
         raise store_unavailable() from error
 

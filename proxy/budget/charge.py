@@ -104,17 +104,21 @@ class Charge:
         """The `x-ratelimit-*` headers, as of the last answer of the store."""
         return self._budget.rate_limits(self.policy)
 
+    def _tell_state(self) -> None:
+        self._record.rate_limits = self.headers()
+        if self.degraded:
+            self._record.degraded = True
+
     # -- enter and leave ---------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Charge:
         try:
             await self._open()
         except BaseException:
-            self._record.rate_limits = self.headers()
+            self._tell_state()
             await self._close(complete=False)
             raise
-        self._record.rate_limits = self.headers()
-        self._record.degraded = self.degraded
+        self._tell_state()
         return self
 
     async def __aexit__(
@@ -189,7 +193,8 @@ class Charge:
         if plan.account is not None:
             held.apart.setdefault(plan.account.name, [0, 0, 0])[0] += 1
         self._attempt = Attempt(plan, Meter() if self.want.ask.dialect != "passthrough" else None)
-        self._record.degraded = self.degraded
+        if self.degraded:
+            self._record.degraded = True
         self._attempt.next_check = int(plan.estimate.expected * BYTES_PER_TOKEN * NEAR)
 
     def answered(self, status: int) -> None:
