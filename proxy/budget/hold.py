@@ -134,6 +134,7 @@ class Budget:
                 now,
                 processes=processes,
                 strict=self.policies.strict(one.scope),
+                refunds=self.policies.refunds(one.scope),
             )
             for one in balances
         ]

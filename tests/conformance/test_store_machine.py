@@ -1,8 +1,8 @@
 """Any order of events, and what must hold after each: no limit passed, nothing held for ever, every id settled once.
 
-One thing passes a limit, and is booked all the same since it was truly spent: what is settled late, after its reservation
-was lost and given back (`on_lost: refund`). The excess is never more than the sum of these settlements; where what is
-lost is charged, there is none.
+One thing passes a limit, and is booked all the same since it was truly spent: what is settled late, after its
+reservation was lost and given back (`on_lost: refund`). The excess is never more than the sum of these settlements;
+where what is lost is charged, there is none.
 
 The model knows nothing of rings and windows. It counts what it was told: what each reservation was charged in the end.
 """
