@@ -126,12 +126,13 @@ class Tender:
         await self._beat()
         await self._inspect()
         await access.tell()
-        await access.ask("balance", lambda: access.store.balance((_PROBE,)))
         if access.away:
             await access.replay()  # Before the try: a store whose memory is full takes settlements all the same.
             await self._try()
             await access.replay()  # What came meanwhile. Nothing waits between the last of it and `back`.
             access.back()
+        else:
+            await access.ask("balance", lambda: access.store.balance((_PROBE,)))
         self._joined = True
         await self._extend()
 
