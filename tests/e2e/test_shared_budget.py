@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,9 +19,11 @@ from uuid import uuid4
 import httpx2
 import openai
 import pytest
+import trustme
 
 from tests.e2e.stack import ServeProcess, serving
 from tests.redis_server import RedisServer, free_port, redis_binary, running
+from tests.store.faults import TcpProxy
 
 __all__ = ["redis_binary"]  # a fixture, found here by pytest
 
@@ -373,6 +376,30 @@ async def test_a_wrong_password_is_said_once_and_never_shown(redis_binary: Path,
                     assert await ready(process) == (503, "starting")
                 assert process.stop() == 0
                 assert password not in shown + process.text()
+
+
+async def test_tls_is_spoken_and_a_stranger_s_certificate_is_not_taken(redis: RedisServer, tmp_path: Path) -> None:
+    """The server speaks no TLS, so a proxy in front of it does."""
+    authority, stranger = trustme.CA(), trustme.CA()
+    for name, one in (("known.pem", authority), ("strange.pem", stranger)):
+        one.cert_pem.write_to_path(str(tmp_path / name))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    async with TcpProxy(redis.port, context).running() as proxy:
+        for name, code in (("known.pem", 200), ("strange.pem", 503)):
+            url = f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={tmp_path / name}"
+            process = await asyncio.to_thread(started, config(url, budget={"requests_per_minute": 100}))
+            try:
+                await until_ready(process, state=(200, "ok") if code == 200 else (503, "starting"))
+                assert (await ask(process, "local")).status_code == code
+            finally:
+                process.close()
+
+
+def started(settings: dict[str, Any]) -> ServeProcess:
+    process = ServeProcess(settings)
+    process.wait_until_ready()
+    return process
 
 
 # -- a server that will not do ---------------------------------------------------------------------------------------
