@@ -60,6 +60,7 @@ class Pipeline:
         Raises ProxyError; before or after the first forwarded event, `out` knows which.
         """
         record = out.record
+        record.degraded = self.budget.access.away
         tenant = self.tenants.identify(call)  # 401, 403
         record.tenant = tenant.name
         call.body = await read()  # 413; nobody without a key makes us hold a byte of it

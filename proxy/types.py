@@ -193,7 +193,7 @@ class Record:
     rate_limits: Headers = field(default_factory=list)
     """`x-ratelimit-*`, where the caller is held to a limit."""
     degraded: bool = False
-    """The store of budgets was away when it was asked."""
+    """The store of budgets was away when the request came, or when it was asked."""
     upstream_started: float = 0.0
     """Readings of a monotonic clock (seconds); 0.0 is `never`."""
     first_event: float = 0.0

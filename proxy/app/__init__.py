@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from proxy import __version__
-from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
+from proxy.app.budgets import budget_of, budgets_shown, gauges_of, readiness_of, used
 from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
 from proxy.app.owners import ownership_of
 from proxy.app.upstreams import provider_of
@@ -117,6 +117,7 @@ def create_app(
     )
     budget.observe = metrics.estimated
     budget.refusals.count = metrics.budget_refused
+    budget.access.failed = metrics.store_failed
     bus.subscribe(metrics)
     local = is_loopback(listen.host)
     names = [one.name for one in settings.tenants]
@@ -127,6 +128,7 @@ def create_app(
         metrics_open=local or settings.observability.metrics_public,
         any_host=not local,
         admin=lambda: _admin(loaded, budget, Keys(registry, names), lambda: gateway.in_flight),
+        store=readiness_of(settings, budget),
     )
     gateway = Gateway(
         pipeline,

@@ -24,19 +24,21 @@ from proxy.budget.pricing import (
     facts_of,
     vendor_of,
 )
+from proxy.budget.readiness import Readiness
 from proxy.budget.report import by_tenant, gauges, shown, usage_shown
 from proxy.budget.watch import Watch
 from proxy.config.settings import Settings
+from proxy.edge.auth import DEFAULT
 from proxy.errors import StoreUnavailable
 from proxy.observability.events import Bus
 from proxy.observability.metrics import Gauged
 from proxy.providers.settings import OpenAISettings, ProviderSettings
+from proxy.store.address import MEMORY
 from proxy.store.base import DIMENSIONS, ROLLUP_MS, SEED_MS, BudgetStore
 from proxy.store.base import StoreUnavailable as StoreAway
 from proxy.store.memory import MemoryStore
 from proxy.tokens.count import Counter
 
-MEMORY = "memory://"
 _SCOPES_AT_ONCE = 100
 """A call that reads more holds up the reservations behind it."""
 
@@ -75,6 +77,11 @@ def budget_of(settings: Settings, bus: Bus, counter: Counter) -> Budget:
         prompt=alone,
         recorded=not alone,
     )
+
+
+def readiness_of(settings: Settings, budget: Budget) -> Readiness:
+    tenants = [one.name for one in settings.tenants] or [DEFAULT.name]
+    return Readiness(budget.access, budget.policies, tenants, list(settings.providers))
 
 
 def _prices(settings: Settings) -> PriceBook:
@@ -126,7 +133,7 @@ async def used(budget: Budget, span_ms: int, by: list[str]) -> list[dict[str, An
     now = budget.wall_ms()
     since = (now - span_ms) // ROLLUP_MS * ROLLUP_MS
     try:
-        return usage_shown(await budget.access.store.usage(since, now + ROLLUP_MS, names), names)
+        return usage_shown(await budget.access.usage(since, now + ROLLUP_MS, names), names)
     except StoreAway as error:
         raise store_unavailable() from error
 

@@ -5,56 +5,66 @@ Three states::
     never reached ──an answer──▶ in reach ──a failure──▶ away ──everything booked again──▶ in reach
 
 In reach, every verb goes to the store. Away, none does: no request waits for a store that is gone, settlements queue
-up, and one task tries four times a second at first, every eight seconds at last. It is in reach again only after the
-queue is empty: what was spent meanwhile counts before anything new is admitted.
-
-Leases are kept here too: one call every ten seconds extends all that are live in this process.
+up, and one task, the `tender`, tries to reach it. It is in reach again only after it was told what this process
+remembers, the queue is empty, and a reservation came through: what was spent meanwhile counts before anything new is
+admitted.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from secrets import token_hex
 from typing import Final, TypeVar
 
 from proxy.budget.amounts import Amounts
+from proxy.budget.fleet import BEAT_SECONDS, Fleet
+from proxy.budget.tender import EXTEND_SECONDS, Op, Tender
 from proxy.budget.watch import Watch
-from proxy.observability.events import InternalFault, Notice, StoreDegraded, StoreRecovered, StoreReset
+from proxy.observability.events import (
+    InternalFault,
+    Notice,
+    SettlementsLost,
+    StoreDegraded,
+    StoreRecovered,
+    StoreReset,
+)
 from proxy.store.base import (
     SEED_MS,
     Balance,
     BudgetStore,
     Cold,
+    Dimension,
     Ended,
     Granted,
+    Reason,
     Refused,
+    Remembered,
     Reservation,
     Scope,
     Settled,
     Settlement,
     StoreUnavailable,
+    UsageRow,
 )
 
-LEASE_MS: Final = 30_000
-EXTEND_SECONDS: Final = 10.0
 QUEUED: Final = 20_000
 """Settlements that wait for the store at most. When it is full, nothing more is admitted that would need a place."""
 REPLAYED_AT_ONCE: Final = 64
-PROBE_SECONDS: Final = (0.25, 8.0)
-"""First and longest pause between two attempts to reach a store that is away."""
+SEEDED_AT_ONCE: Final = 200
+"""Scopes that one call tells of: a script of thousands would hold up everybody, and be late itself."""
+AGAIN_SECONDS: Final = 0.25
+"""Between two attempts at the end of the process."""
 STEADY_SECONDS: Final = 5.0
-"""A store that was back for less than this is tried again at the longer pause of last time."""
-
-_PROBE: Final = Scope("global", "")
-"""Every deployment has it, with limits or without."""
+"""A store that was back for less than this is flapping."""
 
 _Answer = TypeVar("_Answer")
 
 
 class Access:
-    """`clock` is the event loop's, in seconds. `processes`: how many share the limits, as last seen, at least 1.
+    """`clock` is the event loop's, in seconds. `process_id`: as the id of a reservation; made up if there is none.
 
     `collect_ms`: how long an empty store collects what processes remember; 0 for one that no other process uses.
     """
@@ -66,81 +76,94 @@ class Access:
         *,
         clock: Callable[[], float],
         emit: Callable[[Notice], None],
-        processes: Callable[[], int] = lambda: 1,
+        process_id: str = "",
         collect_ms: int = SEED_MS,
         queued: int = QUEUED,
         extend_seconds: float = EXTEND_SECONDS,
+        beat_seconds: float = BEAT_SECONDS,
     ) -> None:
         self.store = store
         self.watch = watch
+        self.fleet = Fleet(beat_seconds)
+        self.failed: Callable[[Op], None] = lambda op: None
+        """Told of every call that the store did not answer as it should."""
         self.reached = False
-        """The store answered once: what it knew then is a ground to go on from while it is away."""
+        """The store answered once, and was open."""
+        self.seeding = False
+        """The store is empty, and collects what processes remember."""
         self.away = False
         self.outages = 0
         """How often it went away."""
+        self.has_share = False
+        """Of the outage that is, or was last: this process may go on with its share of what it knew before."""
         self.waiting: deque[Settlement] = deque()
         """Settlements that the store has not taken yet, the oldest first."""
         self.live: set[str] = set()
         """Reservations of this process that may be live in the store."""
         self.dropped = 0
-        self.processes = processes
         self._clock = clock
         self._emit = emit
         self._collect_ms = collect_ms
         self._queued = queued
-        self._extend_seconds = extend_seconds
         self._seeds = 0
+        self._seeds_failed = 0
         self._seeding = asyncio.Lock()
-        self._wake = asyncio.Event()
         self._away_since = 0.0
         self._back_since = float("-inf")
-        self._pause = PROBE_SECONDS[0]
-        self._extend_at = clock() + extend_seconds
-        self._tender: asyncio.Task[None] | None = None
+        self._replayed = 0
+        self._tender = Tender(
+            self, process_id or token_hex(16), clock, emit, extend_seconds=extend_seconds, beat_seconds=beat_seconds
+        )
 
     @property
     def has_room(self) -> bool:
         """One more settlement can be kept."""
         return len(self.waiting) < self._queued
 
-    def start(self) -> None:
-        """Begins to keep leases and to replay. The event loop must run."""
-        self._tender = asyncio.get_running_loop().create_task(self._tend())
+    @property
+    def processes(self) -> int:
+        """How many share the limits, as last seen, at least 1; never counted lower while the store is away."""
+        return self.fleet.processes
 
-    async def aclose(self) -> None:
-        """One last attempt for everything that waits. What even that does not book, its lease will."""
-        if self._tender is not None:
-            self._tender.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._tender
-            self._tender = None
-        with suppress(StoreUnavailable):
-            await self._replay()
+    def start(self) -> None:
+        """Begins to reach for the store, to keep leases and to replay. The event loop must run."""
+        self._tender.start()
+
+    async def aclose(self, grace_seconds: float = 2.0) -> None:
+        """Tries for so long to book everything that waits, then leaves. A lease books what it still holds by itself;
+        what it never heard of is lost, and counted in one event."""
+        await self._tender.stop()
+        until = self._clock() + grace_seconds
+        while self.waiting:
+            try:
+                await self.replay()
+            except StoreUnavailable:
+                if self._clock() + AGAIN_SECONDS >= until:
+                    break
+                await asyncio.sleep(AGAIN_SECONDS)
+        if lost := len(self.waiting) + self.dropped:
+            self._emit(SettlementsLost(count=lost))
+        await self._tender.leave()
 
     # -- verbs -------------------------------------------------------------------------------------------------------
 
     async def reserve(self, reservation: Reservation) -> Granted | Refused | Ended:
         """Raises StoreUnavailable. After that, or when cancelled, the reservation may stand: settle it either way."""
         if not self.away:
-            try:
-                verdict = await self.store.reserve(reservation)
-            except StoreUnavailable as error:
-                self._lost(error.reason)
-                raise
+            verdict = await self._first("reserve", self.store.reserve(reservation))
             if not isinstance(verdict, Cold):
-                self.reached = True
                 return self._seen(verdict)
-        return self._seen(await self._call(lambda: self.store.reserve(reservation)))
+        return self._seen(await self._call("reserve", lambda: self.store.reserve(reservation)))
 
     async def top_up(
         self, reservation_id: str, ask: Amounts, scopes: tuple[Scope, ...], leave: tuple[tuple[Scope, Amounts], ...]
     ) -> Granted | Refused | Ended:
         """Raises StoreUnavailable."""
-        return self._seen(await self._call(lambda: self.store.top_up(reservation_id, ask, scopes, leave)))
+        return self._seen(await self._call("top_up", lambda: self.store.top_up(reservation_id, ask, scopes, leave)))
 
     async def balance(self, scopes: tuple[Scope, ...]) -> tuple[Balance, ...]:
         """The figures of scopes, those that the store has never seen included. Raises StoreUnavailable."""
-        balances = await self._call(lambda: self.store.balance(scopes)) if scopes else ()
+        balances = await self._call("balance", lambda: self.store.balance(scopes)) if scopes else ()
         self.watch.saw(balances)
         return balances
 
@@ -149,11 +172,11 @@ class Access:
         self.live.discard(settlement.id)
         if not self.away:
             try:
-                settled = await self.store.settle(settlement)
+                settled = await self._first("settle", self.store.settle(settlement))
                 if isinstance(settled, Cold):
-                    settled = await self._call(lambda: self.store.settle(settlement))
-            except StoreUnavailable as error:
-                self._lost(error.reason)
+                    settled = await self._call("settle", lambda: self.store.settle(settlement))
+            except StoreUnavailable:
+                pass
             except asyncio.CancelledError:
                 self._keep(settlement)
                 raise
@@ -174,20 +197,48 @@ class Access:
             self.watch.saw(verdict.balances)
         return verdict
 
-    async def _call(self, verb: Callable[[], Awaitable[_Answer | Cold]]) -> _Answer:
+    async def usage(self, since_ms: int, until_ms: int, by: Sequence[Dimension]) -> list[UsageRow]:
+        """As the store's. A slow answer says nothing against the store. Raises StoreUnavailable."""
+        try:
+            return await self.store.usage(since_ms, until_ms, by)
+        except StoreUnavailable:
+            self.failed("usage")
+            raise
+
+    async def _call(self, op: Op, verb: Callable[[], Awaitable[_Answer | Cold]]) -> _Answer:
         """The answer of a verb, once the store knows what it must know for it."""
         if self.away:
             raise StoreUnavailable("open")
+        outages = self.outages
         try:
-            return await self._ask(verb)
+            return await self.ask(op, verb)
         except StoreUnavailable as error:
-            self._lost(error.reason)
+            if outages == self.outages:  # Else it was asked before the last outage, and says nothing of now.
+                self.lost(error.reason)
             raise
 
-    async def _ask(self, verb: Callable[[], Awaitable[_Answer | Cold]]) -> _Answer:
+    async def _first(self, op: Op, answer: Awaitable[_Answer]) -> _Answer:
+        """As `_call`, for the answer that nearly always comes: the store is in reach, and knows what it must."""
+        outages = self.outages
+        try:
+            found = await answer
+        except StoreUnavailable as error:
+            self.failed(op)
+            if outages == self.outages:
+                self.lost(error.reason)
+            raise
+        self.reached = self.reached or not isinstance(found, Cold)
+        return found
+
+    async def ask(self, op: Op, verb: Callable[[], Awaitable[_Answer | Cold]]) -> _Answer:
+        """As `_call`, away or not, and a failure changes nothing: for those who try whether it is back."""
         for _ in range(3):  # an empty store, then a scope that it does not know, then the answer
             seeds = self._seeds
-            answer = await verb()
+            try:
+                answer = await verb()
+            except StoreUnavailable:
+                self.failed(op)
+                raise
             if not isinstance(answer, Cold):
                 self.reached = True
                 return answer
@@ -196,67 +247,69 @@ class Access:
 
     # -- a store that forgot -----------------------------------------------------------------------------------------
 
+    async def tell(self) -> None:
+        """Tells the store all that is remembered. Raises StoreUnavailable."""
+        await self._seed((), self._seeds)
+
     async def _seed(self, scopes: tuple[Scope, ...], seeds: int) -> None:
+        failed = self._seeds_failed
         async with self._seeding:
             if not scopes and self._seeds != seeds:
                 return  # Somebody told it everything while we waited for the lock.
-            remembered = self.watch.remembered(scopes)
-            until = self._clock() + self._collect_ms / 1000 + 1.0
-            while True:
-                seeded = await self.store.seed(remembered, self._collect_ms)
-                if seeded.first and self._collect_ms:
-                    self._emit(StoreReset(scopes=sum(any(one.spent) for one in remembered)))
-                if not seeded.wait_ms:
-                    self._seeds += 1
-                    return
-                if self._clock() >= until:
-                    raise StoreUnavailable("timeout")
-                await asyncio.sleep(seeded.wait_ms / 1000)
+            if self._seeds_failed != failed:
+                raise StoreUnavailable("timeout")  # Somebody tried: a hundred who wait need not each try in turn.
+            try:
+                await self._tell(self.watch.remembered(scopes))
+            except StoreUnavailable:
+                self._seeds_failed += 1
+                self.failed("seed")
+                raise
+            finally:
+                self.seeding = False
+
+    async def _tell(self, remembered: list[Remembered]) -> None:
+        """Until the store is open, and knows all that."""
+        until = self._clock() + self._collect_ms / 1000 + 1.0
+        while True:
+            wait_ms, first = 0, False
+            for start in range(0, len(remembered) or 1, SEEDED_AT_ONCE):
+                seeded = await self.store.seed(remembered[start : start + SEEDED_AT_ONCE], self._collect_ms)
+                wait_ms, first = seeded.wait_ms, first or seeded.first
+            if first and self._collect_ms:
+                self._emit(StoreReset(scopes=sum(any(one.spent) for one in remembered)))
+            if not wait_ms:
+                self._seeds += 1
+                return
+            if self._clock() >= until:
+                raise StoreUnavailable("timeout")
+            self.seeding = True
+            await asyncio.sleep(wait_ms / 1000)
 
     # -- a store that is away ----------------------------------------------------------------------------------------
 
-    def _lost(self, reason: str) -> None:
+    def lost(self, reason: Reason) -> None:
+        """It does not answer. Said once, until `back`."""
         if self.away:
             return
         now = self._clock()
-        steady = now - self._back_since >= STEADY_SECONDS
-        self._pause = PROBE_SECONDS[0] if steady else min(self._pause * 2, PROBE_SECONDS[1])
+        self._tender.rest(flapping=now - self._back_since < STEADY_SECONDS)
         self.away = True
         self.outages += 1
+        self.has_share = self.reached and self.fleet.has_share(now)
         self._away_since = now
-        self._emit(StoreDegraded(reason=reason, processes=self.processes()))
-        self._wake.set()
+        self._replayed = 0
+        self._emit(StoreDegraded(reason=reason, processes=self.processes))
 
-    async def _tend(self) -> None:
-        while True:
-            pause = self._pause if self.away else max(self._extend_at - self._clock(), 0.0)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._wake.wait()
-            if self._wake.is_set():
-                self._wake.clear()
-                continue
-            try:
-                if self.away:
-                    await self._recover()
-                else:
-                    await self._extend()
-            except StoreUnavailable as error:
-                self._pause = min(self._pause * 2, PROBE_SECONDS[1])
-                self._lost(error.reason)
-
-    async def _recover(self) -> None:
-        await self._ask(lambda: self.store.balance((_PROBE,)))
-        replayed = await self._replay()
-        self._back_since = self._clock()
+    def back(self) -> None:
+        """It takes reservations again, and knows all that is known here."""
+        now = self._back_since = self._clock()
         self.away = False
+        self.fleet.returned(now)
         lost, self.dropped = self.dropped, 0
-        self._emit(StoreRecovered(away=self._back_since - self._away_since, replayed=replayed, lost=lost))
-        await self._extend()
+        self._emit(StoreRecovered(away=now - self._away_since, replayed=self._replayed, lost=lost))
 
-    async def _replay(self) -> int:
-        """Books what waits, in order. Returns how many were booked."""
-        replayed = 0
+    async def replay(self) -> None:
+        """Books what waits, in order. Raises StoreUnavailable."""
         while self.waiting:
             batch = [self.waiting[index] for index in range(min(len(self.waiting), REPLAYED_AT_ONCE))]
             answers = await asyncio.gather(*(self._book(one) for one in batch), return_exceptions=True)
@@ -265,7 +318,7 @@ class Access:
                 if isinstance(answer, StoreUnavailable):
                     away = answer
                     continue
-                replayed += 1
+                self._replayed += 1
                 with suppress(ValueError):  # a full queue may have dropped it meanwhile
                     self.waiting.remove(settlement)
                 if answer is not None:
@@ -274,17 +327,7 @@ class Access:
                     self._emit(InternalFault(where="booking a settlement", exc=answer))
             if away is not None:
                 raise away
-        return replayed
 
     async def _book(self, settlement: Settlement) -> None:
-        settled = await self._ask(lambda: self.store.settle(settlement))
+        settled = await self.ask("settle", lambda: self.store.settle(settlement))
         self.watch.saw(settled.balances)
-
-    async def _extend(self) -> None:
-        self._extend_at = self._clock() + self._extend_seconds
-        if self.waiting and not self.away:
-            await self._replay()
-        ids = list(self.live)
-        if ids:
-            lost = await self._ask(lambda: self.store.extend(ids, LEASE_MS))
-            self.live.difference_update(lost)

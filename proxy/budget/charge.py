@@ -64,6 +64,11 @@ class Charge(Tab):
     def has_alternatives(self) -> bool:
         return len(self._targets) > 1
 
+    def _tell_state(self) -> None:
+        self._record.rate_limits = self.headers()
+        if self.degraded:
+            self._record.degraded = True
+
     # -- enter and leave ---------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Charge:
@@ -71,11 +76,10 @@ class Charge(Tab):
             if self._parent is None:  # else it is covered when its first attempt is
                 await self._open()
         except BaseException:
-            self._record.rate_limits = self.headers()
+            self._tell_state()
             await self._close(complete=False)
             raise
-        self._record.rate_limits = self.headers()
-        self._record.degraded = self.degraded
+        self._tell_state()
         return self
 
     async def __aexit__(
@@ -138,7 +142,8 @@ class Charge(Tab):
         self._grows = self.want.ask.stream and held.state == "asked" and self.policy.at(target.provider).enforced
         if plan.account is not None:
             held.apart.setdefault(plan.account.name, [0, 0, 0])[0] += 1
-        self._record.degraded = self.degraded
+        if self.degraded:
+            self._record.degraded = True
         attempt.next_check = int(plan.estimate.expected * BYTES_PER_TOKEN * NEAR)
 
     def see(self, event: Event) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from proxy.budget import answers
-from proxy.budget.access import LEASE_MS, Access
+from proxy.budget.access import Access
 from proxy.budget.amounts import MAX_AMOUNT, Amounts
 from proxy.budget.charge import BYTES_PER_TOKEN, Charge
 from proxy.budget.daybook import Daybook
@@ -26,6 +26,7 @@ from proxy.budget.pricing import cost, unknown_refused
 from proxy.budget.refusals import Refusals
 from proxy.budget.report import ScopeReport, report
 from proxy.budget.tab import Job, Later, Tab
+from proxy.budget.tender import LEASE_MS
 from proxy.budget.waiting import Waiting
 from proxy.errors import ProxyError
 from proxy.observability.events import Notice
@@ -144,7 +145,7 @@ class Budget:
             balances = await self.access.balance(self.policies.scopes if scopes is None else scopes)
         except StoreUnavailable as error:
             raise answers.store_unavailable() from error
-        now, processes = self.wall_ms(), self.access.processes()
+        now, processes = self.wall_ms(), self.access.processes
         return [
             report(
                 one,
@@ -152,6 +153,7 @@ class Budget:
                 now,
                 processes=processes,
                 strict=self.policies.strict(one.scope),
+                refunds=self.policies.refunds(one.scope),
             )
             for one in balances
         ]
@@ -178,7 +180,7 @@ class Budget:
     def plan(self, charge: Charge, target: Target) -> Plan:
         """What an attempt at `target` is to reserve. Raises ModelPriceUnknown, RequestExceedsBudget, ProviderFull."""
         policy = charge.policy
-        plan = self._planner.plan(charge.want, policy, target, self.exposures, self.access.processes())
+        plan = self._planner.plan(charge.want, policy, target, self.exposures, self.access.processes)
         bound = policy.at(target.provider)
         if plan.rates is None and charge.want.generates:
             limited = bound.reach.nano_usd is not None
@@ -376,10 +378,13 @@ class Budget:
             return None
         if not error.uncertain and held.attempts == 0:
             held.state = None  # Nothing reached the store, so nothing has to be taken back.
-        if how == "deny" or not access.reached or not access.has_room:
+        if how == "deny" or not access.has_share or not access.has_room:
             raise answers.store_unavailable() from error
-        self._slices.begin(access.outages, access.processes())
-        verdict = await self._slices.reserve(Reservation(held.id, bound.scopes, ask, LEASE_MS * 100))
+        self._slices.begin(access.outages, access.processes)
+        try:
+            verdict = await self._slices.reserve(Reservation(held.id, bound.scopes, ask, LEASE_MS * 100))
+        except StoreUnavailable as ended:  # the process ends
+            raise answers.store_unavailable() from ended
         if isinstance(verdict, Granted):
             held.state, held.local, held.provider, held.ask = "asked", self._slices.store, plan.account, ask
             return None

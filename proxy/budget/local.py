@@ -51,6 +51,7 @@ class Slices:
         scopes = tuple([self._slice(scope) for scope in reservation.scopes])
         sliced = Reservation(reservation.id, scopes, reservation.ask, reservation.lease_ms, reservation.on_lost)
         for _ in range(3):
+            # Memory answers at once: no other outage can begin between here and the answer.
             verdict = await store.reserve(sliced)
             if not isinstance(verdict, Cold):
                 return verdict

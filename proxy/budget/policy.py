@@ -182,6 +182,11 @@ class Policies:
         held = [policy for policy in self._policies.values() if scope in policy.own or scope.kind == "provider"]
         return bool(held) and all(policy.strict for policy in held)
 
+    def refunds(self, scope: Scope) -> bool:
+        """Somebody whom this scope holds is given back what a lost reservation had asked for."""
+        held = (policy for policy in self._policies.values() if scope in policy.own or scope.kind == "provider")
+        return any(policy.settings.on_lost == "refund" for policy in held)
+
     def of(self, tenant: str, key: str = "") -> Policy:
         """The policy of a caller. `key` is the key's name, never its secret; empty where keys have no budgets."""
         found = self._tenants.get(tenant)

@@ -2,7 +2,8 @@
 
 The *bound* of a window is the most by which this process's estimates can overshoot it: the limit's share that may be at
 risk at once, or the largest single risk that was taken, whichever is more. `estimate: max` with `on_overrun: cut` takes
-no risk, and its bound is 0. *At risk* is the sum of now.
+no risk, and its bound is 0. Where a lost reservation is given back (`on_lost: refund`), what is reserved now comes on
+top: it can be lost, given back, and settled late all the same. *At risk* is the sum of now.
 """
 
 from __future__ import annotations
@@ -43,14 +44,25 @@ class ScopeReport(msgspec.Struct, frozen=True):
     windows: tuple[WindowReport, ...]
 
 
-def report(balance: Balance, exposure: Exposure | None, wall_ms: int, *, processes: int, strict: bool) -> ScopeReport:
-    """One scope. `exposure` is this process's; `strict`: nothing is ever at risk."""
+def report(
+    balance: Balance,
+    exposure: Exposure | None,
+    wall_ms: int,
+    *,
+    processes: int,
+    strict: bool,
+    refunds: bool = False,
+) -> ScopeReport:
+    """One scope. `exposure` is this process's; `strict`: no estimate is ever too low; `refunds`: what is lost is given
+    back."""
     scope, row = balance.scope, balance.row
     windows = []
     for window, limit, spent, reserved, reset_ms in zip(
         WINDOWS, scope.limits.values(), _spent(row), _reserved(row), _resets(row, wall_ms), strict=True
     ):
         at_risk, bound = (0, 0) if strict else _risk(window, limit, exposure, processes)
+        if refunds and limit is not None:
+            bound += reserved  # Lost, given back, and settled late, when others have taken it.
         windows.append(WindowReport(window, limit, spent, reserved, reset_ms, at_risk, bound))
     return ScopeReport(scope.kind, scope.name, scope.enforced, row.live, tuple(windows))
 

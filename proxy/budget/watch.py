@@ -19,7 +19,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Scope, Row]] = {}
-        self._highest: dict[str, Row] = {}
+        self._highest: dict[str, _Calendar] = {}
         """Only where the newest figures are lower than earlier ones of the same window."""
 
     def saw(self, balances: Iterable[Balance]) -> None:
@@ -28,7 +28,9 @@ class Watch:
             place = scope.place
             known = self._seen.get(place)
             if known is not None and row.month_nano_usd < known[1].month_nano_usd and row.month == known[1].month:
-                self._highest.setdefault(place, known[1])
+                before = self._highest.get(place)
+                most = _calendar(known[1])
+                self._highest[place] = most if before is None else _most(most, before)
             self._seen[place] = (scope, row)
 
     def row(self, scope: Scope) -> Row | None:
@@ -44,18 +46,25 @@ class Watch:
         row = self.row(scope)
         if row is None:
             return Remembered(scope)
-        windows, spent = _calendar(row)
+        known = _calendar(row)
         highest = self._highest.get(scope.place)
-        if highest is not None:
-            then, most = _calendar(highest)
-            hour, day, month = (
-                max(spent[index], most[index]) if windows[index] == then[index] else spent[index] for index in range(3)
-            )
-            spent = (hour, day, month)
-        return Remembered(scope, windows, spent)
+        return Remembered(scope, *(known if highest is None else _most(known, highest)))
 
 
-def _calendar(row: Row) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+_Calendar = tuple[tuple[int, int, int], tuple[int, int, int]]
+"""Hour, day and month, and what was spent in each."""
+
+
+def _most(newer: _Calendar, older: _Calendar) -> _Calendar:
+    """In the newer windows: of a window that is over, the older figures count no more."""
+    hour, day, month = (
+        max(newer[1][index], older[1][index]) if newer[0][index] == older[0][index] else newer[1][index]
+        for index in range(3)
+    )
+    return newer[0], (hour, day, month)
+
+
+def _calendar(row: Row) -> _Calendar:
     return (row.hour, row.day, row.month), (row.hour_nano_usd, row.day_nano_usd, row.month_nano_usd)
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from proxy.config.settings import ModelSettings
 
 _PROVIDER = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-MEMORY = "memory://"
-"""The `state` of one process alone: what it holds ends with it."""
 _CLIENT_WITH_TENANTS = (
     "'client' passes the caller's own key on, but with tenants that is a key of this proxy: set the provider's own key"
 )

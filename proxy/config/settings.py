@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LimitSettings, PriceSettings
 from proxy.config.problems import render
-from proxy.config.references import MEMORY, findings
+from proxy.config.references import findings
 from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
 from proxy.observability.settings import ObservabilitySettings
 from proxy.providers.settings import CLIENT, ProviderSettings
 from proxy.settings import Section
+from proxy.store.address import MEMORY, NAMESPACE, parse_address, passwords_in
 
 
 def _target(value: str) -> str:
@@ -60,10 +60,10 @@ class Settings(Section):
 
     listen: ListenSettings = ListenSettings()
     """Where the proxy listens, and what it accepts from a client."""
-    state: SecretStr = SecretStr("memory://")
+    state: SecretStr = SecretStr(MEMORY)
     """Where budgets are kept: memory:// (this process alone), or redis://HOST:PORT/DB, shared by all that name it;
     also rediss://, redis+sentinel://HOST,HOST/SERVICE, redis+cluster://HOST,HOST."""
-    state_namespace: str = Field(default="0", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    state_namespace: str = "0"
     """Deployments of different namespaces share a Redis and nothing in it."""
     state_timeout_ms: int = Field(default=50, ge=1, le=10_000)
     """Milliseconds that a call to Redis may take."""
@@ -85,6 +85,23 @@ class Settings(Section):
     observability: ObservabilitySettings = ObservabilitySettings()
     """Logs and metrics."""
 
+    @field_validator("state")
+    @classmethod
+    def _is_a_place(cls, value: SecretStr) -> SecretStr:
+        if value.get_secret_value() != MEMORY:
+            try:
+                parse_address(value.get_secret_value())
+            except OSError:  # unreadable, or (as its subclass SSLError) not what it should be
+                raise ValueError("a file that the URL names cannot be read, or holds no certificate or key") from None
+        return value
+
+    @field_validator("state_namespace")
+    @classmethod
+    def _is_a_namespace(cls, value: str) -> str:
+        if not NAMESPACE.fullmatch(value):
+            raise ValueError("expected 1 to 64 letters, digits, '.', '_' or '-'")
+        return value
+
     @model_validator(mode="after")
     def _holds_together(self) -> Settings:
         broken = [
@@ -104,9 +121,9 @@ class Settings(Section):
     def secrets(self) -> frozenset[str]:
         """The value of every secret: what must not appear in a log. Of a URL it is the password, and all around it."""
         values = {secret.get_secret_value() for secret in _secrets(self)} - {CLIENT}
-        passwords = {value: _password(value) for value in values if "://" in value}
-        open_urls = {value for value, password in passwords.items() if not password}
-        return frozenset(values - open_urls | {password for password in passwords.values() if password})
+        passwords = {value: passwords_in(value) for value in values if "://" in value}
+        open_urls = {value for value, found in passwords.items() if not found}
+        return frozenset((values - open_urls).union(*passwords.values()))
 
 
 def _secrets(value: object) -> Iterator[SecretStr]:
@@ -121,10 +138,3 @@ def _secrets(value: object) -> Iterator[SecretStr]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _secrets(item)
-
-
-def _password(value: str) -> str | None:
-    try:
-        return urlsplit(value).password
-    except ValueError:
-        return None

@@ -10,8 +10,9 @@ from pydantic import SecretStr, ValidationError
 from proxy.config import messages
 from proxy.config.bind import BAD, Binding
 from proxy.config.problems import Path, Problem, problem, render
-from proxy.config.references import MEMORY, findings
+from proxy.config.references import findings
 from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr
+from proxy.store.address import MEMORY
 
 Pieces = dict[str, Any]
 """The sections as models. An invalid part is a model too, unvalidated, for what refers to it; None if unreadable."""
@@ -40,7 +41,20 @@ def validated(values: Mapping[str, object], shape: Record, binding: Binding) -> 
             pieces[name] = tuple(part(item, field.item, (name, index)) for index, item in enumerate(value))
         else:
             pieces[name] = part(value, field, (name,))
+    wrong.extend(_of_leaves(values, shape, binding))
     return pieces, wrong + _between(pieces, wrong, binding)
+
+
+def _of_leaves(values: Mapping[str, object], shape: Record, binding: Binding) -> list[Problem]:
+    """What is wrong with the single values at the top: they have no model of their own but the whole."""
+    given = {name: value for name, value in values.items() if isinstance(shape.fields[name], Leaf) and value is not BAD}
+    try:
+        shape.model.model_validate(given)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+        mine = [(detail["loc"], messages.describe(detail)) for detail in details if detail["loc"][0] in given]
+        return [problem(binding.place(at), at, message) for at, message in mine]
+    return []
 
 
 def translated(error: ValidationError, path: Path, binding: Binding) -> list[Problem]:

@@ -23,6 +23,8 @@ from proxy.types import Headers
 App = Callable[[Any, Any, Any], Awaitable[None]]
 _random: Final = Random().randbytes  # noqa: S311 - names, not secrets; the system's source costs a call each time
 Readiness = Literal["ok", "starting", "draining"]
+READY: Final = ("ok", "degraded")
+"""States in which requests are served: all of them, or those that a store's absence lets through."""
 
 SILENCE_SECONDS: Final = 10.0
 """See `Service.silence`."""
@@ -101,11 +103,13 @@ class Side:
         metrics_open: bool,
         any_host: bool,
         admin: Callable[[], App],
+        store: Callable[[], str] = lambda: "ok",
     ) -> None:
         """`metrics` renders the page, of the content type `metrics_type`.
 
         `metrics_open`: no key needed (on loopback, then with the checks of keyless mode unless `any_host`).
-        `admin` builds the administration's application at its first request."""
+        `admin` builds the administration's application at its first request. `store` says what the store has to say
+        about being ready, in one word: one of READY, or why not."""
         self.readiness: Readiness = "starting"
         self._metrics = metrics
         self._metrics_type = metrics_type.encode()
@@ -113,6 +117,7 @@ class Side:
         self._metrics_open = metrics_open
         self._any_host = any_host
         self._build_admin = admin
+        self._store = store
         self._admin: App | None = None
         self._building = asyncio.Lock()
 
@@ -124,8 +129,9 @@ class Side:
             if path == "/livez":
                 await _answer(scope, send, 200, b"ok", b"text/plain; charset=utf-8")
             elif path == "/readyz":
-                status = 200 if self.readiness == "ok" else 503
-                await _answer(scope, send, status, self.readiness.encode(), b"text/plain; charset=utf-8")
+                state = self._store() if self.readiness == "ok" else self.readiness
+                status = 200 if state in READY else 503
+                await _answer(scope, send, status, state.encode(), b"text/plain; charset=utf-8")
             elif path == "/metrics" and not health_only:
                 self._authorise_metrics(scope["headers"])
                 await _answer(scope, send, 200, await self._metrics(), self._metrics_type)

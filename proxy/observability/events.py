@@ -173,6 +173,26 @@ class OwnershipLost(msgspec.Struct, frozen=True, kw_only=True):
     objects: int
 
 
+class StoreMisconfigured(msgspec.Struct, frozen=True, kw_only=True):
+    """The server of the store will not do for long. Nothing is refused for it."""
+
+    event: ClassVar[str] = "store.misconfigured"
+
+    version: str
+    eviction: str
+    """Its `maxmemory-policy`."""
+    shortcomings: tuple[str, ...]
+    """version: older than 6.2. eviction: it throws keys away when its memory is full."""
+
+
+class SettlementsLost(msgspec.Struct, frozen=True, kw_only=True):
+    """The process ended while the store was away, and nobody else knows of these settlements."""
+
+    event: ClassVar[str] = "store.settlements_lost"
+
+    count: int
+
+
 class ServerStarted(msgspec.Struct, frozen=True, kw_only=True):
     event: ClassVar[str] = "server.started"
 
@@ -224,6 +244,8 @@ Notice = (
     | KeysStale
     | KeysFollowed
     | OwnershipLost
+    | StoreMisconfigured
+    | SettlementsLost
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

@@ -28,7 +28,9 @@ from proxy.observability.events import (
     ServerDraining,
     ServerStarted,
     ServerStopped,
+    SettlementsLost,
     StoreDegraded,
+    StoreMisconfigured,
     StoreRecovered,
     StoreReset,
 )
@@ -134,12 +136,13 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
 
 
 _WARNINGS: Final = (
-    RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, KeysLost, KeysStale, OwnershipLost,
+    RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, StoreMisconfigured, SettlementsLost,
+    KeysLost, KeysStale, OwnershipLost,
 )  # fmt: skip
 
 
 def _level(event: Notice) -> str:
-    if isinstance(event, InternalFault):
+    if isinstance(event, InternalFault | SettlementsLost):
         return "error"
     return "warning" if isinstance(event, _WARNINGS) else "info"
 
@@ -166,6 +169,8 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {"version": event.version, "listen": event.listen, "config_hash": event.config_hash}
         case ServerDraining():
             return {"in_flight": event.in_flight}
+        case SettlementsLost():
+            return {"count": event.count}
         case ServerStopped():
             return {"uptime_ms": _ms(event.uptime), "cut": event.cut}
         case InternalFault():
@@ -227,6 +232,11 @@ class FriendlyLog:
                 self._print(_GREEN, "keys", f"up to date again after {event.stale:.1f} s")
             case OwnershipLost():
                 self._print(_YELLOW, "store", f"whose {event.objects} stored objects are was not kept")
+            case StoreMisconfigured():
+                text = f"the server will not do for long: version {event.version}, eviction {event.eviction}"
+                self._print(_YELLOW, "store", text)
+            case SettlementsLost():
+                self._print(_RED, "store", f"{event.count} settlements were lost with the process")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -117,6 +117,9 @@ class _Families:
             "Full windows of budgets; in mode observe, of requests that were served all the same.",
             ("tenant", "window", "mode"),
         )
+        self.store_errors = Counter(
+            f"{p}store_errors_total", "Calls that the store of budgets did not answer as it should.", ("op",)
+        )
         self.estimates = Histogram(
             f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
         )
@@ -133,7 +136,7 @@ class _Families:
 
     def counters(self) -> list[Counter]:
         requests = [self.requests, self.tokens, self.interruptions, self.disconnects, self.connections_refused]
-        return [*requests, self.cost, self.unpriced, self.refusals]
+        return [*requests, self.cost, self.unpriced, self.refusals, self.store_errors]
 
     def histograms(self) -> list[Histogram]:
         return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates]
@@ -240,6 +243,10 @@ class Metrics:
         """A settled request: the tokens that it took and those that were reserved for it."""
         if reserved:
             self._families.estimates.child().observe(taken / reserved)
+
+    def store_failed(self, op: str) -> None:
+        """A verb of the store failed."""
+        self._families.store_errors.child(op).value += 1
 
     def _bind(self, key: _Key) -> _Bound:
         """A new kind of request. At the cap it shares the series of `other` and is not remembered."""

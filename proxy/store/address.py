@@ -20,6 +20,11 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 Topology = Literal["standalone", "sentinel", "cluster"]
 Host = tuple[str, int]
 
+MEMORY: Final = "memory://"
+"""No server at all: the store of one process."""
+
+NAMESPACE: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""Goes between the braces of every key, so it can hold neither."""
 _SCHEME: Final = re.compile(r"(?:redis|valkey)(s?)(?:\+(sentinel|cluster))?")
 _TLS_OPTIONS: Final = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
 _SENTINEL_OPTIONS: Final = {"sentinel_username", "sentinel_password"}
@@ -75,6 +80,18 @@ def parse_address(url: str) -> Address:
     )
 
 
+def passwords_in(url: str) -> frozenset[str]:
+    """What of a URL must never be shown, of any scheme: passwords, as they are written and as they are sent."""
+    try:
+        parts = urlsplit(url)
+        options = parse_qsl(parts.query)
+    except ValueError:
+        return frozenset((url,))  # Nobody can say where in it the password stands.
+    _, _, written = parts.netloc.rpartition("@")[0].partition(":")
+    found = {written, unquote(written), *(value for name, value in options if name.endswith("password"))}
+    return frozenset(found - {""})
+
+
 def _path(topology: Topology, path: str) -> tuple[str, int]:
     """The service of sentinels, and the number of the database."""
     words = [unquote(word) for word in path.strip("/").split("/") if word]
@@ -117,7 +134,8 @@ def _tls(options: dict[str, str]) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     if certificate := options.get("ssl_certfile"):
-        context.load_cert_chain(certificate, options.get("ssl_keyfile"))
+        # An encrypted key is an error: with no password given, the library would ask whoever sits at the terminal.
+        context.load_cert_chain(certificate, options.get("ssl_keyfile"), password="")
     return context
 
 

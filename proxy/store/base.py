@@ -177,6 +177,30 @@ class Seeded(msgspec.Struct, frozen=True, gc=False):
     """This call was the first to reach an empty store: of all processes, this one reports it."""
 
 
+class Beat(msgspec.Struct, frozen=True, gc=False):
+    """Who shares the store."""
+
+    processes: int
+    """Those that live, the one that asked among them unless it left."""
+    epoch: int
+    """As in `Granted`; 0 while the store is cold."""
+
+
+Shortcoming = Literal["version", "eviction"]
+"""version: older than 6.2, so that some scripts fail. eviction: when its memory is full, the server throws keys away,
+and with them what was spent; it is to refuse writes instead."""
+
+
+class Server(msgspec.Struct, frozen=True):
+    """What a shared store runs on, as far as it says so."""
+
+    version: str
+    """Of Redis, or the one that a server compatible with it claims; empty: it does not say."""
+    eviction: str
+    """Its `maxmemory-policy`; empty: it does not say."""
+    shortcomings: tuple[Shortcoming, ...] = ()
+
+
 class UsageRow(msgspec.Struct, frozen=True, gc=False):
     dimensions: tuple[str, ...]
     """The dimensions that were asked for, in that order."""
@@ -250,6 +274,15 @@ class BudgetStore(Protocol):
 
     async def outbox(self, after: str, count: int) -> list[Record]:
         """At most `count` records after the one with that id (empty: from the oldest that is kept)."""
+
+    async def beat(self, process_id: str, life_ms: int) -> Beat:
+        """Says that a process lives, and is to be counted for `life_ms` from now on; 0: it leaves. Works cold, too.
+
+        `process_id` is made as the id of a reservation is.
+        """
+
+    async def server(self) -> Server | None:
+        """What the store runs on; None: on no server, or on one that tells nobody."""
 
     async def aclose(self) -> None:
         """Frees everything. What still waits for an answer gets StoreUnavailable."""

@@ -19,6 +19,7 @@ from proxy.budget.windows import ScopeWindows
 from proxy.store.base import (
     SEED_MS,
     Balance,
+    Beat,
     Cold,
     Dimension,
     Ended,
@@ -30,6 +31,7 @@ from proxy.store.base import (
     Reservation,
     Scope,
     Seeded,
+    Server,
     Settled,
     Settlement,
     StoreUnavailable,
@@ -81,6 +83,7 @@ class MemoryStore:
         self._reservations = Reservations(settled_kept)
         self._ledger = MemoryLedger(records)
         self._prepared: dict[tuple[Scope, ...], _Prepared] = {}
+        self._processes: dict[str, int] = {}
         self._closed = False
 
     # -- verbs -------------------------------------------------------------------------------------------------------
@@ -203,6 +206,19 @@ class MemoryStore:
         self._steady = Steady(wall)
         self._epoch = wall
         return Seeded(0, first)
+
+    async def beat(self, process_id: str, life_ms: int) -> Beat:
+        known = checked_id(process_id)
+        if self._closed:
+            raise StoreUnavailable("stopped")
+        wall = self._clock()
+        now = wall if self._steady is None else self._steady.read(wall).steady_ms
+        self._processes[known] = now + life_ms
+        self._processes = {each: until for each, until in self._processes.items() if until > now}
+        return Beat(len(self._processes), 0 if self._steady is None else self._epoch)
+
+    async def server(self) -> Server | None:
+        return None
 
     async def usage(self, since_ms: int, until_ms: int, by: Sequence[Dimension]) -> list[UsageRow]:
         return self._ledger.usage(since_ms, until_ms, by)

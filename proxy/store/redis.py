@@ -9,7 +9,7 @@ All keys begin with `{bw:<namespace>}`, and so share one slot of a cluster; afte
     leases              sorted set of live reservations by end of lease     r:<id>                     a reservation
     outbox              stream of records                                   u:<hour>[:<length>:<tenant>]   roll-ups
     collects            while a cold store is seeded                        o:<digest>                 an object's owner
-    keys                hash of the keys made at run time
+    keys                hash of the keys made at run time              processes   sorted set of live processes
 
 Names of tenants and keys come after their length, and ids are our own hexadecimal digits: no name, whatever it holds,
 makes the key of another. Answers are one packed string each: a letter, then 64-bit integers, little-endian.
@@ -17,7 +17,6 @@ makes the key of another. Answers are one packed string each: a letter, then 64-
 
 from __future__ import annotations
 
-import re
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from typing import Any, Final
 
 from proxy.budget.amounts import WINDOWS, Amounts, Row
 from proxy.budget.clocks import DAY_MS
-from proxy.store.address import parse_address
+from proxy.store.address import NAMESPACE, parse_address
 from proxy.store.base import (
     OUTBOX_RECORDS,
     ROLLUP_FIELDS,
@@ -33,6 +32,7 @@ from proxy.store.base import (
     ROLLUP_MS,
     SEED_MS,
     Balance,
+    Beat,
     Cold,
     Dimension,
     Ended,
@@ -45,8 +45,10 @@ from proxy.store.base import (
     Reservation,
     Scope,
     Seeded,
+    Server,
     Settled,
     Settlement,
+    StoreUnavailable,
     UsageRow,
     checked_amounts,
     checked_entries,
@@ -55,6 +57,7 @@ from proxy.store.base import (
 )
 from proxy.store.connection import Words
 from proxy.store.dial import Dialer
+from proxy.store.info import server_of
 from proxy.store.ledger import grouped, outbox_place, overflow, tally_values
 from proxy.store.link import Link, StateListener
 from proxy.store.ownership_redis import RedisOwnership
@@ -62,7 +65,6 @@ from proxy.store.registry import MAX_KEYS, KeyRegistry
 from proxy.store.registry_redis import RedisRegistry
 from proxy.store.scripts import Scripts
 
-_NAMESPACE: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRIPLE: Final = struct.Struct("<3d")
 _COUNTS: Final = struct.Struct("<8d")
 _LIMITS: Final = struct.Struct("<8d")
@@ -110,7 +112,7 @@ class RedisStore:
         listener: StateListener | None = None,
         clock: Callable[[], int] | None = None,
     ) -> None:
-        if not _NAMESPACE.fullmatch(namespace):
+        if not NAMESPACE.fullmatch(namespace):
             raise ValueError("a namespace is 1 to 64 letters, digits, '.', '_' or '-'")
         tag = f"bw:{namespace}".encode()
         self._prefix = b"{" + tag + b"}"
@@ -198,6 +200,20 @@ class RedisStore:
         answer = await self._run(self._scripts.seed, (self._prefix + b"collects", *keys), (collect_ms, *known))
         wait_ms, first = _numbers(answer)
         return Seeded(wait_ms, bool(first))
+
+    async def beat(self, process_id: str, life_ms: int) -> Beat:
+        words: Words = (checked_id(process_id), life_ms)
+        processes, epoch = _numbers(await self._run(self._scripts.beat, (self._prefix + b"processes",), words))
+        return Beat(processes, epoch)
+
+    async def server(self) -> Server | None:
+        try:
+            (answer,) = await self._read([(b"INFO",)])
+        except StoreUnavailable as error:
+            if error.reason == "refused":
+                return None  # Not everybody may ask, and everything else works without.
+            raise
+        return server_of(answer)
 
     async def usage(self, since_ms: int, until_ms: int, by: Sequence[Dimension]) -> list[UsageRow]:
         # A day on either side: the hours were named by the server's clock, and this is ours.

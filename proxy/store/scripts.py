@@ -17,6 +17,7 @@ _SHARED: Final = {
     "key_revoke": ("registry",),
     "key_rotate": ("registry",),
     "claim": (),
+    "beat": ("windows",),
 }
 
 
@@ -35,6 +36,7 @@ class Scripts:
         self.key_revoke = self._add("key_revoke")
         self.key_rotate = self._add("key_rotate")
         self.claim = self._add("claim")
+        self.beat = self._add("beat")
 
     def _add(self, verb: str) -> bytes:
         folder = resources.files("proxy.store") / "lua"

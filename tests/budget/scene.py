@@ -78,6 +78,7 @@ class Scene:
         processes: int = 1,
         queued: int = 20_000,
         extend_seconds: float = 10.0,
+        beat_seconds: float = 1.0,
         rates: Mapping[str, Rates | None] | None = None,
         accounts: Mapping[str, LimitSettings] | None = None,
         everyone: LimitSettings | None = None,
@@ -105,11 +106,12 @@ class Scene:
             self.watch,
             clock=loop_clock,
             emit=self.events.append,
-            processes=lambda: processes,
             collect_ms=collect_ms,
             queued=queued,
             extend_seconds=extend_seconds,
+            beat_seconds=beat_seconds,
         )
+        self.access.fleet.processes = processes
         self.counter = Counter()
         self.budget = Budget(
             self.access,

@@ -370,3 +370,10 @@ def test_the_highest_figures_of_a_window_are_remembered() -> None:
     (found,) = watch.remembered([scope])
     assert found.spent == (3, 60, 600)
     assert watch.remembered([Scope("tenant", "u")])[0].spent == (0, 0, 0)
+
+
+def test_the_highest_figures_of_a_second_loss_are_remembered_too() -> None:
+    watch, scope = Watch(), Scope("tenant", "t", LIMITS)
+    for spent in (500, 200, 900, 300):
+        watch.saw([Balance(scope, row(hour_nano_usd=spent, day_nano_usd=spent, month_nano_usd=spent))])
+    assert watch.remembered()[0].spent == (900, 900, 900)

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 from uuid import uuid4
 
@@ -17,7 +18,7 @@ from proxy.observability.events import StoreDegraded, StoreRecovered
 from proxy.store.redis import RedisStore
 from proxy.types import Record, Usage
 from tests.budget.scene import TARGET, TENANT, Scene, chunk, usage_event, usd, want
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, running
 
 pytestmark = pytest.mark.anyio
 
@@ -130,6 +131,25 @@ async def test_a_server_that_lost_everything_does_not_open_a_spent_budget(redis_
         )
         assert all(isinstance(outcome, BudgetExceeded) for outcome in outcomes), outcomes
         assert (await one.row()).day_nano_usd == 9_000_000
+
+
+async def test_a_full_server_is_away_once_and_takes_settlements(redis_binary: Path, tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        async with processes(server, 1, BudgetSettings(tokens_per_minute=10**6)) as (scene,):
+            await scene.serve(usage=Usage(1, 1))
+            client = server.client()
+            client.config_set("maxmemory", "1")
+            for _ in range(3):
+                await scene.serve(usage=Usage(10, 10))
+            assert scene.access.away
+            await until(lambda: not scene.access.waiting)
+            kinds = [type(event) for event in scene.events]
+            assert (kinds.count(StoreDegraded), kinds.count(StoreRecovered)) == (1, 0)
+            degraded = next(event for event in scene.events if isinstance(event, StoreDegraded))
+            assert degraded.reason == "full"
+            client.config_set("maxmemory", "0")
+            await until(lambda: not scene.access.away)
+            assert (await scene.row()).minute_tokens == 62
 
 
 async def test_the_script_cache_may_be_flushed_at_any_time(redis_server: RedisServer) -> None:

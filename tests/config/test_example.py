@@ -25,10 +25,11 @@ from proxy.providers.settings import OpenAISettings
 EXAMPLE = Path(__file__).resolve().parents[2] / "config.example.yaml"
 LINES = EXAMPLE.read_text().splitlines()
 STARTS = re.compile(r" *#[^ #]")
-FILES = ("secrets/openai.key", "certificates/ca.pem", "replies/faults.yaml")
+FILES = ("secrets/openai.key", "secrets/state.url", "certificates/ca.pem", "replies/faults.yaml")
 AUTHORITY = trustme.CA()
 VARIABLES = {"OPENAI_API_KEY": "sk-example", "OUTSIDE_API_KEY": "sk-outside"} | {
-    name: f"{name}-at-least-16-characters".lower().replace("_", "-") for name in ("BREAKWATER_ADMIN_KEY", "ACME_KEY")
+    name: f"{name}-at-least-16-characters".lower().replace("_", "-")
+    for name in ("BREAKWATER_ADMIN_KEY", "ACME_KEY", "REDIS_PASSWORD")
 }
 
 
@@ -53,13 +54,15 @@ def uncommented(first: int, last: int) -> str:
     lines[first : last + 1] = [line.replace("#", "", 1) for line in lines[first : last + 1]]
     if re.match(r" *#api_key", LINES[first]):
         lines = [line for line in lines if not line.startswith("    api_key: ${")]
+    if LINES[first].startswith("#state:"):
+        lines = [line for line in lines if not line.startswith("state: memory")]
     return "\n".join(lines)
 
 
 def loaded(text: str, directory: Path) -> Loaded:
     for name in FILES:
         (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text("sk-from-a-file")
+        (directory / name).write_text("redis://:from-a-file@localhost" if name.endswith("url") else "sk-from-a-file")
     AUTHORITY.cert_pem.write_to_path(str(directory / "certificates/ca.pem"))
     file = directory / "config.yaml"
     file.write_text(text)
@@ -90,7 +93,7 @@ def test_what_is_not_commented_is_the_default() -> None:
 def test_there_are_alternatives() -> None:
     keys = {LINES[first].strip().lstrip("#").split(":")[0] for first, _ in ALTERNATIVES}
     one = {"api_key", "api_keys", "organization", "project", "outside", "mock", "models", "- name"}
-    assert keys == {"admin", "tenants", "budget"} | one
+    assert keys == {"state", "admin", "tenants", "budget"} | one
 
 
 @pytest.mark.parametrize(("first", "last"), ALTERNATIVES, ids=lambda line: f"line-{line + 1}")
@@ -117,7 +120,7 @@ def test_every_line_of_the_models_has_a_comment() -> None:
 
 def test_the_sections_stand_in_the_order_of_the_models() -> None:
     sections = [found[1] for line in LINES if (found := re.match(r"#?([a-z_]+):", line))]
-    assert sections == list(Settings.model_fields)
+    assert list(dict.fromkeys(sections)) == list(Settings.model_fields)
 
 
 def expected(shape: Shape, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

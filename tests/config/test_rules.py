@@ -412,7 +412,7 @@ def test_good_values_of_every_kind(config: File) -> None:
     assert settings.listen.port == 8081
     assert settings.tenants[0].keys[1].get_secret_value() == "${literal-dollar}"
     assert settings.secrets() == {
-        "12345678901234567890", "http://u:p%40ss@proxy:3128", "p%40ss", KEY, "${literal-dollar}"
+        "12345678901234567890", "http://u:p%40ss@proxy:3128", "p%40ss", "p@ss", KEY, "${literal-dollar}"
     }  # fmt: skip
 
 

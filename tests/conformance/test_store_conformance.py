@@ -8,6 +8,7 @@ from proxy.budget.amounts import MAX_AMOUNT, MAX_SUM, Amounts, Limits
 from proxy.store.base import (
     NOTHING,
     ROLLUP_FIELDS,
+    Beat,
     BudgetStore,
     Cold,
     Ended,
@@ -97,6 +98,48 @@ async def test_each_life_of_a_store_has_a_number_of_its_own(store: BudgetStore, 
     assert isinstance(granted, Granted)
     assert isinstance(settled, Settled)
     assert granted.epoch == settled.epoch == NEW_YEAR
+
+
+# -- who shares it ---------------------------------------------------------------------------------------------------
+
+
+async def test_processes_are_counted_while_they_beat(store: BudgetStore, clock: Clock) -> None:
+    one, two = reservation_id(1), reservation_id(2)
+    await opened(store, tenant())
+    assert (await store.beat(one, 10_000)).processes == 1
+    assert (await store.beat(one, 10_000)).processes == 1
+    clock.now += 6000
+    assert (await store.beat(two, 10_000)).processes == 2
+    clock.now += 3999
+    assert (await store.beat(two, 10_000)).processes == 2
+    clock.now += 1
+    assert (await store.beat(two, 10_000)).processes == 1, "one was not heard of for ten seconds"
+    assert (await store.beat(one, 10_000)).processes == 2
+    assert (await store.beat(two, 0)).processes == 1, "it left"
+    assert (await store.beat(one, 0)).processes == 0
+
+
+async def test_a_process_that_beats_is_not_given_up_when_the_clock_is_set_back(
+    store: BudgetStore, clock: Clock
+) -> None:
+    one, two = reservation_id(1), reservation_id(2)
+    await opened(store, tenant())
+    await store.beat(one, 10_000)
+    clock.now -= 3_600_000
+    assert (await store.beat(two, 10_000)).processes == 2
+    clock.now += 10_000
+    assert (await store.beat(two, 10_000)).processes == 1, "nor kept for an hour longer"
+
+
+async def test_a_beat_tells_the_life_of_the_store_and_works_while_it_is_cold(store: BudgetStore) -> None:
+    assert await store.beat(reservation_id(1), 10_000) == Beat(1, 0)
+    await opened(store, tenant())
+    assert await store.beat(reservation_id(2), 10_000) == Beat(2, NEW_YEAR)
+
+
+async def test_a_process_has_an_id_of_our_own_making(store: BudgetStore) -> None:
+    with pytest.raises(ValueError, match="32 lower-case"):
+        await store.beat("}elsewhere", 1000)
 
 
 # -- reserve ---------------------------------------------------------------------------------------------------------

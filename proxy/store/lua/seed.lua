@@ -14,15 +14,16 @@ for index = 5, #KEYS do
   end
   for kind = 0, 2 do
     local id, spent = WINDOW + kind, WINDOW_SPENT + kind
-    if known[1 + kind] >= scope[id] then
-      local here = known[1 + kind] == scope[id] and scope[spent] or 0
-      scope[id], scope[spent], scope.changed = known[1 + kind], max(here, known[4 + kind]), true
+    local newer = known[1 + kind] > scope[id]
+    if newer or (known[1 + kind] == scope[id] and known[4 + kind] > scope[spent]) then
+      scope[id], scope[spent], scope.raised = known[1 + kind], known[4 + kind], true
     end
   end
 end
 local function write_all()
   for index = 1, #order do
-    if order[index].changed then write_scope(order[index]) end
+    -- Who only repeats what is known here changes nothing, and so is heard although memory is full.
+    if order[index].created or order[index].raised then write_scope(order[index]) end
   end
 end
 
