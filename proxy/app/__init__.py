@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from proxy import __version__
-from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
+from proxy.app.budgets import MEMORY, budget_of, budgets_shown, gauges_of, used
+from proxy.app.ledger import Ledger
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
 from proxy.catalog import Catalog
@@ -45,6 +46,7 @@ class Running:
         providers: Mapping[str, Provider],
         executor: ThreadPoolExecutor,
         budget: Budget,
+        ledger: Ledger,
     ) -> None:
         self.gateway = gateway
         self.side = side
@@ -54,13 +56,16 @@ class Running:
         self._providers = providers
         self._executor = executor
         self.budget = budget
+        self._ledger = ledger
 
     async def start(self) -> None:
         """Before anything is served."""
+        await self._ledger.start()
         self.budget.start()
 
     async def aclose(self) -> None:
         await self.budget.aclose()
+        await self._ledger.aclose()
         await self.budget.access.store.aclose()
         for provider in self._providers.values():
             await provider.aclose()
@@ -123,7 +128,12 @@ def create_app(
         write_seconds=listen.write_timeout_ms / 1000,
         keep_alive_seconds=listen.keep_alive_ms / 1000,
     )
-    return Running(gateway, side, limits, metrics, providers, executor, budget)
+    return Running(gateway, side, limits, metrics, providers, executor, budget, _ledger(settings, budget, bus))
+
+
+def _ledger(settings: Settings, budget: Budget, bus: Bus) -> Ledger:
+    alone = settings.state.get_secret_value() == MEMORY
+    return Ledger(settings.ledger, budget.access.store, alone=alone, emit=bus.emit)
 
 
 def refused_into(bus: Bus) -> Callable[[int, str], None]:

@@ -6,10 +6,13 @@ that could not be read at all is None, a single value an empty text. No message 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
+from proxy.budget.settings import LedgerSettings, SinkSettings
 from proxy.config.problems import Path, did_you_mean, render
 from proxy.edge.settings import AdminSettings, TenantSettings
 from proxy.providers.settings import OpenAISettings, ProviderSettings
@@ -22,6 +25,9 @@ _CLIENT_WITH_TENANTS = (
     "'client' passes the caller's own key on, but with tenants that is a key of this proxy: set the provider's own key"
 )
 
+_BESIDE = re.compile(r"\.([0-9]+|lock)$")
+"""What a sink appends to its file's name."""
+
 Finding = tuple[Path, str]
 
 
@@ -30,6 +36,7 @@ def findings(
     models: Sequence[ModelSettings | None],
     tenants: Sequence[TenantSettings | None],
     admin: AdminSettings | None,
+    ledger: LedgerSettings | None,
 ) -> Iterator[Finding]:
     """Every broken rule, as the path of the value at fault and a message."""
     yield from _providers(providers, bool(tenants))
@@ -41,6 +48,7 @@ def findings(
     for index, tenant in enumerate(tenants):
         yield from _dangling(("tenants", index, "providers"), (tenant and tenant.providers) or (), providers)
     yield from _unique_keys(tenants, admin)
+    yield from _unique_files((ledger and ledger.sinks) or ())
 
 
 def _providers(providers: Mapping[str, ProviderSettings | None], with_tenants: bool) -> Iterator[Finding]:
@@ -79,3 +87,18 @@ def _unique_keys(tenants: Sequence[TenantSettings | None], admin: AdminSettings 
             value = key.get_secret_value()
             if value and (earlier := first.setdefault(value, path)) != path:
                 yield path, f"the same key stands in {render(earlier)}: each holder needs keys of its own"
+
+
+def _unique_files(sinks: Sequence[SinkSettings | None]) -> Iterator[Finding]:
+    """A file has one writer, and so have those that it is renamed to."""
+    first: dict[str, int] = {}
+    for index, sink in enumerate(sinks):
+        if sink is None or not isinstance(sink.file, FilePath):
+            continue
+        file = os.path.normpath(sink.file.absolute())
+        for other, earlier in first.items():
+            if file == other or _BESIDE.sub("", file) == other or _BESIDE.sub("", other) == file:
+                where = render(("ledger", "sinks", earlier, "file"))
+                yield ("ledger", "sinks", index, "file"), f"{where} writes this file, or renames its own to it"
+                break
+        first.setdefault(file, index)

@@ -62,7 +62,13 @@ def _between(pieces: Pieces, wrong: list[Problem], binding: Binding) -> list[Pro
     if providers is None:
         return []  # there are no names to hold the references against
     known = {one.path for one in (*wrong, *binding.problems)}
-    found = findings(providers, pieces.get("models") or (), pieces.get("tenants") or (), pieces.get("admin"))
+    found = findings(
+        providers,
+        pieces.get("models") or (),
+        pieces.get("tenants") or (),
+        pieces.get("admin"),
+        pieces.get("ledger"),
+    )
     return [
         problem(binding.keys.get(at) or binding.place(at), at, message)
         for at, message in found

@@ -18,6 +18,9 @@ from proxy.observability.events import (
     BudgetRefused,
     ConnectionRefused,
     InternalFault,
+    LedgerRestored,
+    LedgerResumed,
+    LedgerStalled,
     Notice,
     RequestFinished,
     RequestRefused,
@@ -129,7 +132,7 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
         fields["warnings"] = event.warnings
 
 
-_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset)
+_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, LedgerStalled)
 
 
 def _level(event: Notice) -> str:
@@ -167,6 +170,10 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
         case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset():
             return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
+        case LedgerStalled() | LedgerRestored():
+            return msgspec.structs.asdict(event)
+        case LedgerResumed():
+            return {"file": event.file, "away_ms": _ms(event.away), "gap": event.gap}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
 
@@ -211,6 +218,12 @@ class FriendlyLog:
                 self._print(_GREEN, "store", f"back after {event.away:.1f} s, {event.replayed} settlements caught up")
             case StoreReset():
                 self._print(_YELLOW, "store", f"began again, with what is remembered of {event.scopes} scopes")
+            case LedgerStalled():
+                self._print(_RED, "ledger", f"cannot be written ({event.reason}): {event.file}")
+            case LedgerResumed():
+                self._print(_GREEN, "ledger", f"is written again after {event.away:.1f} s: {event.file}")
+            case LedgerRestored():
+                self._print(_GREY, "ledger", f"{event.records} records of this month were found in {event.file}")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 
