@@ -15,6 +15,7 @@ from proxy.app.budgets import MEMORY, budget_of, budgets_shown, gauges_of, used
 from proxy.app.ledger import Ledger
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
+from proxy.budget.rollups import as_csv
 from proxy.catalog import Catalog
 from proxy.config.effective import nested
 from proxy.config.loader import Loaded
@@ -29,7 +30,6 @@ from proxy.pipeline import Pipeline, Tenants
 from proxy.providers.base import Provider
 from proxy.providers.settings import OpenAISettings
 from proxy.routing import Route, Routing
-from proxy.store.base import DIMENSIONS
 from proxy.tokens.count import Counter
 from proxy.types import Tenant
 
@@ -165,6 +165,6 @@ def _admin(loaded: Loaded, budget: Budget, in_flight: Callable[[], int]) -> App:
         effective=lambda: {"config": nested(loaded.settings), "origins": dict(loaded.origins)},
         in_flight=in_flight,
         budgets=partial(budgets_shown, budget),
-        usage=partial(used, budget),
-        dimensions=DIMENSIONS,
+        usage=lambda since, by: used(budget.access.store, budget.wall_ms(), since, by),
+        usage_csv=as_csv,
     )

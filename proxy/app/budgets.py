@@ -24,14 +24,15 @@ from proxy.budget.pricing import (
     facts_of,
     vendor_of,
 )
-from proxy.budget.report import by_tenant, gauges, shown, usage_shown
+from proxy.budget.report import by_tenant, gauges, shown
+from proxy.budget.rollups import Document, document, query_of
 from proxy.budget.watch import Watch
 from proxy.config.settings import Settings
 from proxy.errors import StoreUnavailable
 from proxy.observability.events import Bus
 from proxy.observability.metrics import Gauged
 from proxy.providers.settings import OpenAISettings, ProviderSettings
-from proxy.store.base import DIMENSIONS, ROLLUP_MS, SEED_MS, BudgetStore
+from proxy.store.base import SEED_MS, BudgetStore
 from proxy.store.base import StoreUnavailable as StoreAway
 from proxy.store.memory import MemoryStore
 from proxy.tokens.count import Counter
@@ -110,13 +111,11 @@ async def budgets_shown(budget: Budget, tenant: str | None) -> list[dict[str, An
     return shown(found if tenant is None else by_tenant(found, tenant))
 
 
-async def used(budget: Budget, span_ms: int, by: list[str]) -> list[dict[str, Any]]:
-    """As JSON: what was used in the last `span_ms` milliseconds, in whole hours. Raises StoreUnavailable."""
-    names = [one for name in by for one in DIMENSIONS if one == name]
-    now = budget.wall_ms()
-    since = (now - span_ms) // ROLLUP_MS * ROLLUP_MS
+async def used(store: BudgetStore, now_ms: int, since: str, by: str) -> Document:
+    """What was used in that span, in whole hours (`rollups`). Raises InvalidRequest and StoreUnavailable."""
+    query = query_of(since, by, now_ms)
     try:
-        return usage_shown(await budget.access.store.usage(since, now + ROLLUP_MS, names), names)
+        return document(query, await store.usage(query.since_ms, query.until_ms, query.by))
     except StoreAway as error:
         raise store_unavailable() from error
 
