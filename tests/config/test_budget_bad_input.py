@@ -159,7 +159,15 @@ def test_prices_are_held_to_the_same(config: File) -> None:
         ("{input: 1}", "output: is missing"),
         ("{input: 1, output: USD}", "output: expected an amount in USD, such as 2.50, got text"),
         ("{input: 1, output: 1e12}", f"output: {TOO_MUCH}"),
+        ("{input: 1, output: 1, tiers: [{above: 0, input: 1, output: 1}]}", "tiers[0].above: must be at least 1"),
     ):
-        found = config.errors(f"providers: {{a: {{kind: mock, models: {{m: {{price: {price}}}}}}}}}\n")
-        assert found[0].startswith("config.yaml:1:")
-        assert f": providers.a.models.m.price.{complaint}" in found[0], found
+        (error,) = config.errors(f"providers: {{a: {{kind: mock, models: {{'m[1]': {{price: {price}}}}}}}}}\n")
+        assert error.startswith("config.yaml:1:")
+        assert error.endswith(f': providers.a.models["m[1]"].price.{complaint}')
+
+
+def test_tiers_that_do_not_ascend_are_named_at_the_price(config: File) -> None:
+    tier = "{above: 5, input: 1, output: 1}"
+    price = f"{{input: 1, output: 1, tiers: [{tier}, {tier}]}}"
+    (error,) = config.errors(MINIMAL + f"models:\n- name: m\n  targets: [openai/m]\n  price: {price}\n")
+    assert error == "config.yaml:5:10: models[0].price: tiers: expected ascending values of 'above'"

@@ -57,6 +57,6 @@ async def test_a_maximum_that_cannot_be_is_400_and_reserves_nothing() -> None:
             } == set()
             assert scope.live == 0
         assert await running.running.budget.access.store.usage(0, 2**50, ["tenant"]) == []
-        good = {"model": "gpt-4o", "messages": [], "max_tokens": 2147483647}
+        good = {"model": "gpt-4o", **ROUTES["/v1/chat/completions"][0], "max_tokens": 2147483647}
         answer = await client.post("/v1/chat/completions", json=good)
         assert answer.status_code == 200
