@@ -143,6 +143,10 @@ class TierSettings(Section):
     """Output tokens."""
     reasoning: Usd | None = None
     """Output tokens of hidden reasoning; null: as output."""
+    audio_input: Usd | None = None
+    """Input tokens of audio; null: as input."""
+    audio_output: Usd | None = None
+    """Output tokens of audio; null: as output."""
 
 
 class PriceSettings(Section):
@@ -158,6 +162,10 @@ class PriceSettings(Section):
     """Output tokens; 0 for embeddings."""
     reasoning: Usd | None = None
     """Output tokens of hidden reasoning; null: as output."""
+    audio_input: Usd | None = None
+    """Input tokens of audio; null: as input."""
+    audio_output: Usd | None = None
+    """Output tokens of audio; null: as output."""
     request: Usd = Decimal(0)
     """USD of each request beside its tokens."""
     tiers: tuple[TierSettings, ...] = ()
