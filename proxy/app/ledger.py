@@ -9,10 +9,12 @@ from collections.abc import Callable
 from proxy.budget.restore import Restored, restored
 from proxy.budget.settings import LedgerSettings
 from proxy.budget.sink import FileSink, LedgerFile
-from proxy.observability.events import LedgerRestored, Notice
+from proxy.observability.events import LedgerRestored, Notice, StoreReset
 from proxy.store.base import SEED_MS, BudgetStore, Cold, Scope, StoreUnavailable
 
 _PROBE = Scope("global", "")
+_AT_ONCE = 100
+"""Scopes in one call: a script keeps everybody waiting."""
 
 
 class Ledger:
@@ -64,11 +66,14 @@ class Ledger:
 
     async def _restore(self, file: LedgerFile) -> None:
         found: Restored = await asyncio.to_thread(restored, file.paths, self._wall_ms(), self._clock)
-        if found.remembered:
-            try:
-                # Of several files, and of what other processes remember, each window becomes the largest.
-                await self._store.seed(found.remembered, 0 if self._alone else SEED_MS)
-            except StoreUnavailable:
-                return
+        try:
+            # Of several files, and of what other processes remember, each window becomes the largest.
+            for start in range(0, len(found.remembered), _AT_ONCE):
+                some = found.remembered[start : start + _AT_ONCE]
+                seeded = await self._store.seed(some, 0 if self._alone else SEED_MS)
+                if seeded.first and not self._alone:
+                    self._emit(StoreReset(scopes=len(found.remembered)))
+        except StoreUnavailable:
+            return
         if found.records or not found.complete:
             self._emit(LedgerRestored(file=str(file.path), records=found.records, complete=found.complete))

@@ -19,7 +19,7 @@ from proxy.budget.restore import restored
 from proxy.budget.settings import BudgetSettings, LedgerSettings
 from proxy.budget.sink import FileSink, LedgerFile
 from proxy.money import LARGEST, nano_of, usd_text
-from proxy.observability.events import LedgerRestored, Notice
+from proxy.observability.events import LedgerRestored, Notice, StoreReset
 from proxy.store.base import Cold, Scope
 from proxy.types import Usage
 from tests.budget.scene import WALL_MS, Clock, Scene, usd
@@ -202,7 +202,7 @@ async def test_an_empty_redis_is_told_and_one_that_knows_is_not(tmp_path: Path, 
 
     now = NOW
     path = tmp_path / "l"
-    path.write_bytes(paid(now, 400, tenant="acme"))
+    path.write_bytes(b"".join(paid(now, 1, tenant=f"t{number}") for number in range(250)) + paid(now, 400, "acme"))
     store = RedisStore(redis_server.url, namespace=f"restore-{os.getpid()}", clock=lambda: now)
     scene = Scene(BudgetSettings(usd_per_day=usd("1")), store=store, collect_ms=20)
     scene.clock.ms = now
@@ -211,6 +211,7 @@ async def test_an_empty_redis_is_told_and_one_that_knows_is_not(tmp_path: Path, 
     await first.start()
     now += 3000
     assert (await scene.row()).day_nano_usd == 400
+    assert (await scene.store.balance((Scope("tenant", "t249"),)))[0].row.day_nano_usd == 1  # type: ignore[index]
     await first.aclose()
     path.write_bytes(paid(now, 9000, tenant="acme"))
     second = ledger_of(path, scene, events, alone=False)
@@ -218,7 +219,8 @@ async def test_an_empty_redis_is_told_and_one_that_knows_is_not(tmp_path: Path, 
     assert (await scene.row()).day_nano_usd == 400
     await second.aclose()
     await store.aclose()
-    assert len([event for event in events if isinstance(event, LedgerRestored)]) == 1
+    assert [type(event) for event in events] == [StoreReset, LedgerRestored]
+    assert not [event for event in scene.events if isinstance(event, StoreReset)]
 
 
 async def test_of_two_files_each_window_becomes_the_larger(tmp_path: Path) -> None:
