@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-from proxy.budget.charge import Charge
 from proxy.budget.cut import ending
 from proxy.budget.hold import Budget
 from proxy.budget.plan import want_of
 from proxy.budget.records import tags_in
+from proxy.budget.tab import Tab
 from proxy.catalog import Catalog
-from proxy.errors import ProxyError, UpstreamError, UpstreamRateLimited
+from proxy.errors import InternalError, ProxyError, UpstreamError, UpstreamRateLimited
 from proxy.providers.base import Provider
 from proxy.routing import Routing
 from proxy.types import Ask, Call, Event, Out, Record, Reply, Target, Tenant
@@ -76,7 +76,7 @@ class Pipeline:
         async with hold as charge:  # 400, 429, 503
             await self._attempt(charge, target, ask, out)
 
-    async def _attempt(self, charge: Charge, target: Target, ask: Ask, out: Out) -> None:
+    async def _attempt(self, charge: Tab, target: Target, ask: Ask, out: Out) -> None:
         await charge.cover(target)
         attempt = Attempt(self.providers[target.provider], ask, target, out.record, self.clock, charge.output_cap)
         try:
@@ -86,13 +86,16 @@ class Pipeline:
         except ProxyError as error:
             charge.failed(error)
             raise
+        except Exception:  # a fault of ours: where no answer had begun, nothing is known to have been used
+            charge.failed(InternalError())
+            raise
 
     def _target(self, ask: Ask, tenant: Tenant) -> Target:
         if ask.dialect == "passthrough":
             return self.routing.passthrough(tenant)
         return self.routing.target(ask.model, tenant)
 
-    async def _push(self, reply: Reply, charge: Charge, out: Out) -> None:
+    async def _push(self, reply: Reply, charge: Tab, out: Out) -> None:
         record = out.record
         started = False
         async for event in reply.events:

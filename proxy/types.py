@@ -102,8 +102,7 @@ class Tenant:
     """Which of its keys was presented: the first hexadecimal digits of its digest, never the key."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one reply, normalised over providers. All members are counts.
 
     `input` includes cached reads and cache writes, `output` includes reasoning: the details are subsets, never added.

@@ -37,7 +37,7 @@ def committed() -> list[Path]:
 
 PUBLIC = """
 pyproject.toml proxy/__init__.py tests README.md LICENSE CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile .ci/run
-requirements.lock requirements-dev.lock config.example.yaml
+requirements.lock requirements-dev.lock config.example.yaml Dockerfile docker-compose.yml deploy docs
 """
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from proxy import __version__
-from proxy.app.budgets import MEMORY, budget_of, budgets_shown, gauges_of, used
+from proxy.app.budgets import MEMORY, budget_of, budgets_shown, gauges_of, used_here
 from proxy.app.ledger import Ledger
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
@@ -102,6 +102,7 @@ def create_app(
         budgets=lambda: gauges_of(budget),
     )
     budget.observe = metrics.estimated
+    budget.refusals.count = metrics.budget_refused
     bus.subscribe(metrics)
     local = is_loopback(listen.host)
     side = Side(
@@ -165,6 +166,6 @@ def _admin(loaded: Loaded, budget: Budget, in_flight: Callable[[], int]) -> App:
         effective=lambda: {"config": nested(loaded.settings), "origins": dict(loaded.origins)},
         in_flight=in_flight,
         budgets=partial(budgets_shown, budget),
-        usage=lambda since, by: used(budget.access.store, budget.wall_ms(), since, by),
+        usage=partial(used_here, budget),
         usage_csv=as_csv,
     )

@@ -72,6 +72,7 @@ def budget_of(settings: Settings, bus: Bus, counter: Counter) -> Budget:
         clock=clock,
         emit=bus.emit,
         prompt=alone,
+        recorded=not alone or bool(settings.ledger.sinks),
     )
 
 
@@ -118,6 +119,12 @@ async def used(store: BudgetStore, now_ms: int, since: str, by: str) -> Document
         return document(query, await store.usage(query.since_ms, query.until_ms, query.by))
     except StoreAway as error:
         raise store_unavailable() from error
+
+
+async def used_here(budget: Budget, since: str, by: str) -> Document:
+    """The same, with what this process has not booked yet."""
+    await budget.daybook.flush()
+    return await used(budget.access.store, budget.wall_ms(), since, by)
 
 
 async def gauges_of(budget: Budget) -> Gauged:

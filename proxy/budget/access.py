@@ -32,6 +32,7 @@ from proxy.store.base import (
     Refused,
     Reservation,
     Scope,
+    Settled,
     Settlement,
     StoreUnavailable,
 )
@@ -120,6 +121,15 @@ class Access:
 
     async def reserve(self, reservation: Reservation) -> Granted | Refused | Ended:
         """Raises StoreUnavailable. After that, or when cancelled, the reservation may stand: settle it either way."""
+        if not self.away:
+            try:
+                verdict = await self.store.reserve(reservation)
+            except StoreUnavailable as error:
+                self._lost(error.reason)
+                raise
+            if not isinstance(verdict, Cold):
+                self.reached = True
+                return self._seen(verdict)
         return self._seen(await self._call(lambda: self.store.reserve(reservation)))
 
     async def top_up(
@@ -134,21 +144,24 @@ class Access:
         self.watch.saw(balances)
         return balances
 
-    async def settle(self, settlement: Settlement) -> None:
-        """Books it now, or keeps it until the store takes it. Never raises StoreUnavailable."""
+    async def settle(self, settlement: Settlement) -> Settled | None:
+        """Books it now; None: it is kept until the store takes it. Never raises StoreUnavailable."""
         self.live.discard(settlement.id)
         if not self.away:
             try:
-                settled = await self._call(lambda: self.store.settle(settlement))
-            except StoreUnavailable:
-                pass
+                settled = await self.store.settle(settlement)
+                if isinstance(settled, Cold):
+                    settled = await self._call(lambda: self.store.settle(settlement))
+            except StoreUnavailable as error:
+                self._lost(error.reason)
             except asyncio.CancelledError:
                 self._keep(settlement)
                 raise
             else:
                 self.watch.saw(settled.balances)
-                return
+                return settled
         self._keep(settlement)
+        return None
 
     def _keep(self, settlement: Settlement) -> None:
         if len(self.waiting) >= self._queued:

@@ -107,23 +107,32 @@ def rate_limit_headers(rows: Iterable[tuple[Scope, Row]]) -> Headers:
     for scope, row in rows:
         if scope.kind not in _SHOWN or not scope.enforced:
             continue
-        limit = scope.limits.requests_per_minute
+        limits = scope.limits
+        limit = limits.requests_per_minute
         if limit is not None:
             left = max(limit - row.minute_requests - row.minute_held_requests, 0)
             if requests is None or left < requests[0]:
                 requests = (left, limit, row.minute_reset_ms)
-        limit = scope.limits.tokens_per_minute
+        limit = limits.tokens_per_minute
         if limit is not None:
             left = max(limit - row.minute_tokens - row.minute_held_tokens, 0)
             if tokens is None or left < tokens[0]:
                 tokens = (left, limit, row.minute_reset_ms)
     headers: Headers = []
-    for name, found in ((b"requests", requests), (b"tokens", tokens)):
-        if found is not None:
-            left, limit, reset_ms = found
-            headers.append((b"x-ratelimit-limit-" + name, b"%d" % limit))
-            headers.append((b"x-ratelimit-remaining-" + name, b"%d" % left))
-            headers.append((b"x-ratelimit-reset-" + name, go_duration(reset_ms).encode()))
+    if requests is not None:
+        left, limit, reset_ms = requests
+        headers += [
+            (b"x-ratelimit-limit-requests", b"%d" % limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % left),
+            (b"x-ratelimit-reset-requests", go_duration(reset_ms).encode()),
+        ]
+    if tokens is not None:
+        left, limit, reset_ms = tokens
+        headers += [
+            (b"x-ratelimit-limit-tokens", b"%d" % limit),
+            (b"x-ratelimit-remaining-tokens", b"%d" % left),
+            (b"x-ratelimit-reset-tokens", go_duration(reset_ms).encode()),
+        ]
     return headers
 
 
@@ -133,7 +142,8 @@ def go_duration(milliseconds: int) -> str:
         return f"{milliseconds}ms" if milliseconds > 0 else "0s"
     minutes, rest = divmod(milliseconds, 60_000)
     hours, minutes = divmod(minutes, 60)
-    seconds = f"{rest / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+    whole, thousandths = divmod(rest, 1000)
+    seconds = f"{whole}.{thousandths:03d}".rstrip("0") + "s" if thousandths else f"{whole}s"
     if hours:
         return f"{hours}h{minutes}m{seconds}"
     return f"{minutes}m{seconds}" if minutes else seconds

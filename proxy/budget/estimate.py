@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 SAMPLES: Final = 20
 """Replies that must be known before their percentile is believed."""
@@ -127,8 +128,7 @@ class Expectations:
         return expected if most is None else min(most, expected)
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one attempt."""
 
     input: int

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from secrets import token_hex
-from typing import Literal
+from typing import Final, Literal
 
 from proxy.budget.amounts import MAX_AMOUNT, Amounts
 from proxy.budget.plan import Plan
 from proxy.budget.policy import Policy
 from proxy.errors import ProxyError
-from proxy.store.base import BudgetStore, Entry, Scope, Settlement
+from proxy.store.base import NOTHING, BudgetStore, Entry, Scope, Settlement
 from proxy.tokens.meter import Meter
 from proxy.types import Usage
 
 State = Literal["asked", "open"]
+Risks = tuple[tuple[str, ...], int, int]
+"""Places, tokens and nano-dollars that were entered into the exposures."""
+NO_RISK: Final[Risks] = ((), 0, 0)
 
 
 class Attempt:
     """One try at one target."""
 
-    __slots__ = ("failed", "measured", "meter", "next_check", "plan", "seen_bytes", "status", "usage")
+    __slots__ = ("failed", "measured", "meter", "nano_usd", "next_check", "plan", "seen_bytes", "status", "usage")
 
-    def __init__(self, plan: Plan, meter: Meter | None) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.meter = meter
+        self.meter: Meter | None = None
+        """Of a reply whose usage was not told yet."""
         self.status = 0
         self.usage: Usage | None = None
+        self.nano_usd: int | None = None
+        """Of that usage, or of its estimate; None: nobody knows a price."""
         self.failed: ProxyError | None = None
         self.seen_bytes = 0
         self.next_check = 0
@@ -33,23 +39,14 @@ class Attempt:
         self.measured = 0
 
 
-class Held:
-    """What the store holds for one client request, over all its attempts and children."""
+class Spent:
+    """What one client request has cost so far, over all its attempts and children."""
 
-    __slots__ = (
-        "apart", "ask", "attempts", "before_nano_usd", "entries", "id", "local", "nano_usd", "provider", "risks",
-        "state", "tokens", "unpriced", "usage",
-    )  # fmt: skip
+    __slots__ = ("attempts", "before_nano_usd", "id", "nano_usd", "tokens", "unpriced", "usage")
 
-    def __init__(self) -> None:
-        self.id = token_hex(16)
-        self.state: State | None = None
-        """None: nothing is held anywhere. `asked`: the store was asked, and may hold it. `open`: nobody has to."""
-        self.local: BudgetStore | None = None
-        """The slice of this process that holds it as well, while the store is away."""
-        self.ask = Amounts()
-        self.provider: Scope | None = None
-        """The account that is covered."""
+    def __init__(self, known: str = "") -> None:
+        self.id = known
+        """Of its reservation; empty where there is none."""
         self.tokens = 0
         self.nano_usd = 0
         """Of attempts that are over."""
@@ -59,10 +56,26 @@ class Held:
         self.usage: Usage | None = None
         """Of attempts that are over; None: nobody knows of any."""
         self.attempts = 0
+
+
+class Held(Spent):
+    """And what the store holds for it."""
+
+    __slots__ = ("apart", "ask", "entries", "local", "provider", "risks", "state")
+
+    def __init__(self) -> None:
+        super().__init__(token_hex(16))
+        self.state: State | None = None
+        """None: nothing is held anywhere. `asked`: the store was asked, and may hold it. `open`: nobody has to."""
+        self.local: BudgetStore | None = None
+        """The slice of this process that holds it as well, while the store is away."""
+        self.ask = NOTHING
+        self.provider: Scope | None = None
+        """The account that is covered."""
         self.entries: list[Entry] = []
         self.apart: dict[str, list[int]] = {}
         """By provider: requests, tokens and nano-dollars since its account joined the reservation."""
-        self.risks: tuple[tuple[str, ...], int, int] = ((), 0, 0)
+        self.risks: Risks = NO_RISK
         """Places, tokens and nano-dollars that were entered into the exposures."""
 
     def account(self) -> Amounts:
@@ -79,7 +92,7 @@ class Held:
     def renew(self) -> None:
         """A new life under a new id, after the old one was settled with all that it had cost."""
         self.id = token_hex(16)
-        self.state, self.local, self.provider, self.ask = None, None, None, Amounts()
+        self.state, self.local, self.provider, self.ask = None, None, None, NOTHING
         self.before_nano_usd += self.nano_usd
         self.tokens = self.nano_usd = self.attempts = 0
         self.entries = []

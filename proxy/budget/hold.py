@@ -14,25 +14,28 @@ from typing import Any
 
 from proxy.budget import answers
 from proxy.budget.access import LEASE_MS, Access
-from proxy.budget.amounts import MAX_AMOUNT, Amounts, Row
-from proxy.budget.charge import BYTES_PER_TOKEN, Charge, Job, Later
+from proxy.budget.amounts import MAX_AMOUNT, Amounts
+from proxy.budget.charge import BYTES_PER_TOKEN, Charge
+from proxy.budget.daybook import Daybook
 from proxy.budget.estimate import Exposure
-from proxy.budget.held import Held
+from proxy.budget.held import NO_RISK, Held, Spent
 from proxy.budget.local import Slices
 from proxy.budget.plan import Plan, Planner, Want, exceeds
 from proxy.budget.policy import Policies, Policy, reach_of
 from proxy.budget.pricing import cost, unknown_refused
+from proxy.budget.refusals import Refusals
 from proxy.budget.report import ScopeReport, report
+from proxy.budget.tab import Job, Later, Tab
 from proxy.budget.waiting import Waiting
 from proxy.errors import ProxyError
-from proxy.observability.events import BudgetRefused, Notice
+from proxy.observability.events import Notice
 from proxy.store.base import (
+    NOTHING,
     BudgetStore,
     Ended,
     Granted,
     Refused,
     Reservation,
-    Scope,
     StoreUnavailable,
 )
 from proxy.tokens.count import Counter
@@ -65,8 +68,10 @@ class Budget:
         observe: Callable[[int, int], None] = lambda taken, reserved: None,
         waiting: Waiting | None = None,
         prompt: bool = False,
+        recorded: bool = True,
     ) -> None:
-        """`prompt`: the store never waits, so a settlement needs no task of its own to be safe."""
+        """`prompt`: the store never waits, so a settlement needs no task of its own to be safe. `recorded`: somebody
+        may read the store's outbox."""
         self.access = access
         self.policies = policies
         self.counter = counter
@@ -75,11 +80,14 @@ class Budget:
         """By place of a scope: what is at risk in this process."""
         self.waiting = waiting or Waiting()
         self._planner = planner
+        self.expectations = planner.expectations
         self._slices = Slices(local, access.watch, wall_ms)
         self._clock = clock
-        self._emit = emit
+        self.refusals = Refusals(emit, clock)
         self.observe = observe
         self.prompt = prompt
+        self.recorded = recorded
+        self.daybook = Daybook(access.settle, self.track, self.refusals, planner.expectations.saw, recorded=recorded)
         self._later: set[Job] = set()
         """Settlements that whoever answers has promised to run."""
         self._finishing: set[asyncio.Task[None]] = set()
@@ -93,6 +101,7 @@ class Budget:
             await job()  # Its task was cancelled by the end of the process, between the answer and the books.
         if self._finishing:
             await asyncio.wait(self._finishing, timeout=grace_seconds)
+        await self.daybook.flush()
         await self.access.aclose()
 
     # -- for the pipeline --------------------------------------------------------------------------------------------
@@ -107,20 +116,29 @@ class Budget:
         request_id: str = "",
         *,
         afterwards: Later | None = None,
-    ) -> Charge:
+    ) -> Tab:
         """An async context manager. Entering it raises BudgetExceeded, RequestExceedsBudget, ModelPriceUnknown and
         StoreUnavailable; `targets` are in the order in which they are tried, and there is at least one.
 
         `afterwards`: takes the settlement, to be run once the client has its last byte; without it, leaving waits."""
         policy = self.policies.of(tenant, key)
+        for target in targets:
+            if not policy.refuses_nothing(target.provider):
+                break
+        else:
+            return Tab(self, want, policy, record, targets, request_id, Spent(), key=key, afterwards=afterwards)
         return Charge(self, want, policy, record, targets, request_id, key=key, afterwards=afterwards)
 
     def rate_limits(self, policy: Policy) -> Headers:
         """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
-        return answers.rate_limit_headers(self._rows(policy)) if policy.enforces else []
+        if not policy.enforces:
+            return []
+        found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
+        return answers.rate_limit_headers((scope, row) for scope, row in found if row is not None)
 
     async def report(self) -> list[ScopeReport]:
         """Every scope that the configuration names or that was seen. Raises StoreUnavailable of `errors`."""
+        await self.daybook.flush()
         try:
             balances = await self.access.balance(self.policies.scopes)
         except StoreUnavailable as error:
@@ -137,10 +155,6 @@ class Budget:
             for one in balances
         ]
 
-    def _rows(self, policy: Policy) -> list[tuple[Scope, Row]]:
-        found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
-        return [(scope, row) for scope, row in found if row is not None]
-
     # -- for the charge ----------------------------------------------------------------------------------------------
 
     async def count(self, want: Want, target: Target) -> None:
@@ -153,6 +167,12 @@ class Budget:
         want.input_tokens = counted + media.tokens
         written = max(size_of(ask.dialect, ask.fields) - media.bytes, 0)
         want.input_bound = max(written + media.tokens + FRAME_TOKENS, want.input_tokens)
+
+    def unreserved(self, tab: Tab, target: Target) -> Plan:
+        """What is known of an attempt that nothing is reserved for."""
+        if tab.want.ask.fields and not tab.want.input_bound:
+            tab.want.input_tokens = len(tab.want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
+        return self._planner.unreserved(tab.want, tab.policy, target)
 
     def plan(self, charge: Charge, target: Target) -> Plan:
         """What an attempt at `target` is to reserve. Raises ModelPriceUnknown, RequestExceedsBudget, ProviderFull."""
@@ -169,13 +189,14 @@ class Budget:
 
     async def take(self, charge: Charge, target: Target) -> Plan:
         """Covers an attempt at `target`, beside all that went before. Raises what `Charge.cover` raises."""
-        held = charge.held
-        limited = charge.policy.at(target.provider).limited
-        if limited and charge.policy.at(target.provider).enforced:
-            await self.count(charge.want, target)
-        elif charge.want.ask.fields and not charge.want.input_bound:
-            charge.want.input_tokens = len(charge.want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
-        if held.state is None or (held.state == "open" and limited and not charge.degraded):
+        held, want = charge.held, charge.want
+        bound = charge.policy.at(target.provider)
+        if bound.enforced:
+            if not want.input_bound:
+                await self.count(want, target)
+        elif want.ask.fields and not want.input_bound:
+            want.input_tokens = len(want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
+        if held.state is None or (held.state == "open" and bound.reserves and not charge.degraded):
             return await self._reserve(charge, target)
         plan = self.plan(charge, target)
         if held.local is not None:
@@ -216,20 +237,21 @@ class Budget:
             except StoreUnavailable:
                 pass  # That slice is gone, with the outage that it was for.
         await self.access.settle(settlement)
-        self.observe(settlement.actual.tokens, held.ask.tokens)
+        if held.ask.tokens:
+            self.observe(settlement.actual.tokens, held.ask.tokens)
         self.waiting.wake()
 
-    def at_risk(self, held: Held, places: Sequence[str], tokens: int = 0, nano_usd: int = 0) -> None:
+    def at_risk(self, held: Held, places: tuple[str, ...], tokens: int = 0, nano_usd: int = 0) -> None:
         """Enters what is at risk now, in place of what was."""
         before, before_tokens, before_nano = held.risks
         for place in before:
             self.exposures[place].drop(before_tokens, before_nano)
-        held.risks = (tuple(places), tokens, nano_usd) if tokens or nano_usd else ((), 0, 0)
-        for place in held.risks[0]:
+        if not (tokens or nano_usd):
+            held.risks = NO_RISK
+            return
+        held.risks = (places, tokens, nano_usd)
+        for place in places:
             self.exposures[place].add(tokens, nano_usd)
-
-    def learn(self, tenant: str, plan: Plan, usage: Usage, choices: int) -> None:
-        self._planner.expectations.saw(tenant, plan.target.label, -(-usage.output // choices))
 
     def later(self, job: Job) -> Job:
         """`job`, remembered until it has begun."""
@@ -276,12 +298,12 @@ class Budget:
         """One reservation. None: it is held, or need not be. Raises StoreUnavailable of `errors`."""
         policy, held = charge.policy, charge.held
         bound = policy.at(plan.target.provider)
-        if not bound.limited:
+        if not bound.reserves:
             held.state = "open"
             return None
-        self.at_risk(held, [place for place, _ in bound.risky], plan.risk_tokens, plan.risk_nano_usd)
+        self.at_risk(held, bound.places, plan.risk_tokens, plan.risk_nano_usd)
         for _ in range(2):
-            held.ask = Amounts()
+            held.ask = NOTHING
             ask = held.ask = self._total(held, plan.ask)
             held.state = "asked"
             self.access.live.add(held.id)
@@ -311,7 +333,7 @@ class Budget:
         same = plan.account is held.provider
         if same and ask == held.ask:
             return plan
-        self.at_risk(held, [place for place, _ in bound.risky], plan.risk_tokens, plan.risk_nano_usd)
+        self.at_risk(held, bound.places, plan.risk_tokens, plan.risk_nano_usd)
         leave = () if same or held.provider is None else ((held.provider, held.account()),)
         try:
             verdict = await self.access.top_up(held.id, ask, bound.scopes, leave)
@@ -336,6 +358,8 @@ class Budget:
     @staticmethod
     def _total(held: Held, ask: Amounts) -> Amounts:
         """What attempts that are over have cost, and this one's ask; never less than what is held."""
+        if held.ask is NOTHING and not held.tokens and not held.nano_usd:
+            return ask
         tokens = max(held.tokens + ask.tokens, held.ask.tokens)
         nano_usd = max(held.nano_usd + ask.nano_usd, held.ask.nano_usd)
         return Amounts(1, min(tokens, MAX_AMOUNT), min(nano_usd, MAX_AMOUNT))
@@ -363,7 +387,7 @@ class Budget:
         raise answers.store_unavailable() from error
 
     def _refusal(self, charge: Charge, refused: Refused) -> ProxyError:
-        self._say(charge, refused, "enforce")
+        self.refusals.enforced(charge.request_id, charge.policy.tenant, refused)
         headers = self.rate_limits(charge.policy)
         if refused.scope.kind == "provider":
             return answers.provider_full(refused, headers)
@@ -371,20 +395,4 @@ class Budget:
 
     def _watched(self, charge: Charge, granted: Granted) -> None:
         if granted.over is not None:
-            self._say(charge, granted.over, "observe")
-
-    def _say(self, charge: Charge, refused: Refused, mode: str) -> None:
-        self._emit(
-            BudgetRefused(
-                request_id=charge.request_id,
-                tenant=charge.policy.tenant,
-                scope=refused.scope.kind,
-                name=refused.scope.name,
-                window=refused.window,
-                mode=mode,
-                limit=refused.limit,
-                used=refused.used,
-                reserved=refused.reserved,
-                retry_after_ms=refused.retry_after_ms,
-            )
-        )
+            self.refusals.observed(charge.request_id, charge.policy.tenant, granted.over)

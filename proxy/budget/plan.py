@@ -18,10 +18,10 @@ import msgspec
 
 from proxy.budget.amounts import MAX_AMOUNT, Amounts
 from proxy.budget.estimate import Estimate, Expectations, Exposure, estimate
-from proxy.budget.policy import Policy, Reach
-from proxy.budget.pricing import PriceBook, Rates, ceiling, cost
+from proxy.budget.policy import Bound, Policy, Reach
+from proxy.budget.pricing import PriceBook, Rates, ceiling, cost, usable
 from proxy.money import PER_MILLION
-from proxy.store.base import Scope
+from proxy.store.base import NOTHING, Scope
 from proxy.types import Ask, Target, Usage
 
 _LIMITS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -70,8 +70,7 @@ def _decoded(raw: msgspec.Raw) -> object:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, gc=False):
     """What is to be reserved for one attempt at one target."""
 
     target: Target
@@ -101,7 +100,7 @@ class Planner:
         """What to reserve. Prices that nobody knows count as nothing here: whether they may is decided elsewhere."""
         settings = policy.settings
         facts = self.book.facts(target, want.service_tier)
-        rates = self.book.rates(target, want.ask.dialect, want.service_tier)
+        rates = usable(facts.rates, want.ask.dialect)
         found = estimate(
             input_tokens=want.input_tokens,
             asked=want.asked,
@@ -113,22 +112,12 @@ class Planner:
         )
         bound = policy.at(target.provider)
         expected = _amounts(want.input_tokens, found.expected, rates)
-        input_tokens = want.input_bound if policy.strict else want.input_tokens
-        most = _most(input_tokens, found.most, rates)
-        cap = None
+        most = _most(want.input_bound if policy.strict else want.input_tokens, found.most, rates)
+        judged, ask, cap = expected, expected, None
         if settings.estimate == "max":
-            # Without a maximum of its own, a request is as large as what is left for it.
-            judged = most if want.asked is not None else _most(input_tokens, min(want.choices, found.most), rates)
-            if policy.strict and want.generates and want.asked is None:
-                per_choice = _affordable(input_tokens, found.most, rates, bound.reach) // want.choices
-                cap = max(per_choice, 1)
-                most = _most(input_tokens, cap * want.choices, rates)
-            ask = _within(most, bound.reach)
-        else:
-            judged = expected
-            ask = expected
-            if not self._fits(want, policy, most, expected, exposures, processes, target.provider):
-                ask = _larger(expected, _within(most, bound.reach))
+            judged, ask, most, cap = self._strictest(want, policy, most, found.most, rates, bound.reach)
+        elif not self._fits(want, policy, most, expected, exposures, processes, bound):
+            ask = _larger(expected, _within(most, bound.reach))
         cuts = want.ask.stream and settings.on_overrun == "cut" and policy.enforces
         return Plan(
             target,
@@ -142,6 +131,28 @@ class Planner:
             cap,
         )
 
+    def _strictest(
+        self, want: Want, policy: Policy, most: Amounts, most_output: int, rates: Rates | None, reach: Reach
+    ) -> tuple[Amounts, Amounts, Amounts, int | None]:
+        """For `estimate: max`: what is judged, what is asked for, the most, and the cap that makes it the most."""
+        input_tokens = want.input_bound if policy.strict else want.input_tokens
+        if want.asked is not None:
+            return most, _within(most, reach), most, None
+        # Without a maximum of its own, a request is as large as what is left for it.
+        judged = _most(input_tokens, min(want.choices, most_output), rates)
+        cap = None
+        if policy.strict and want.generates:
+            cap = max(_affordable(input_tokens, most_output, rates, reach) // want.choices, 1)
+            most = _most(input_tokens, cap * want.choices, rates)
+        return judged, _within(most, reach), most, cap
+
+    def unreserved(self, want: Want, policy: Policy, target: Target) -> Plan:
+        """For an attempt that nothing is reserved for: its price, and what to expect of it. Its ask is nothing."""
+        facts = self.book.facts(target, want.service_tier)
+        expected = self.expectations.output(policy.tenant, target.label, want.asked) if want.generates else 0
+        found = Estimate(want.input_tokens, expected * want.choices, expected * want.choices)
+        return Plan(target, usable(facts.rates, want.ask.dialect), None, found, NOTHING, NOTHING, 0, 0)
+
     def _fits(
         self,
         want: Want,
@@ -150,12 +161,12 @@ class Planner:
         expected: Amounts,
         exposures: Mapping[str, Exposure],
         processes: int,
-        provider: str,
+        bound: Bound,
     ) -> bool:
         if want.ask.stream and policy.settings.on_overrun == "cut":
             return True
         tokens, nano = most.tokens - expected.tokens, most.nano_usd - expected.nano_usd
-        for place, reach in policy.at(provider).risky:
+        for place, reach in bound.risky:
             exposure = exposures.get(place)
             if exposure is not None and not exposure.fits(
                 tokens, nano, _share(reach.tokens, processes), _share(reach.nano_usd, processes)

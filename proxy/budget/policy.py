@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from proxy.budget.amounts import Limits
-from proxy.budget.settings import BudgetSettings, LimitSettings, merged
+from proxy.budget.settings import UNWRITTEN, BudgetSettings, LimitSettings, merged
 from proxy.money import nano_usd
 from proxy.store.base import Scope, ScopeKind
 
@@ -58,15 +58,19 @@ def reach_of(limits: Limits) -> Reach:
 class Bound:
     """Scopes that a reservation takes together, and what follows from their limits. Made once for each target."""
 
-    __slots__ = ("enforced", "limited", "reach", "risky", "scopes")
+    __slots__ = ("enforced", "limited", "places", "reach", "reserves", "risky", "scopes", "watched")
 
-    def __init__(self, scopes: tuple[Scope, ...]) -> None:
+    def __init__(self, scopes: tuple[Scope, ...], *, rehearses: bool) -> None:
+        """`rehearses`: what is only watched is reserved like what is enforced, so that it says what that would."""
         self.scopes = scopes
         limited = [scope for scope in scopes if scope.limits != Limits()]
         self.limited = bool(limited)
         """There is something to reserve."""
         self.enforced = any(scope.enforced for scope in limited)
         """A reservation can be refused."""
+        self.reserves = self.enforced or (self.limited and rehearses)
+        """Requests are reserved before they are sent. If not, they are booked when they are over."""
+        self.watched = tuple((scope, scope.limits.bounds()) for scope in limited if not scope.enforced)
         reach = Reach()
         for scope in scopes:
             if scope.enforced:
@@ -76,12 +80,13 @@ class Bound:
         risky = [(scope.place, reach_of(scope.limits)) for scope in scopes if scope.enforced]
         self.risky = tuple((place, one) for place, one in risky if one != Reach())
         """Places that can be overspent by an estimate, and how far each reaches."""
+        self.places = tuple(place for place, _ in self.risky)
 
 
 class Policy:
     """What one caller is held to. `at(provider)` adds the account of a target."""
 
-    __slots__ = ("_accounts", "_bounds", "key", "own", "settings", "strict", "tenant")
+    __slots__ = ("_accounts", "_bounds", "enforces", "key", "own", "settings", "strict", "tenant")
 
     def __init__(
         self, tenant: str, key: str, settings: BudgetSettings, own: tuple[Scope, ...], accounts: Mapping[str, Scope]
@@ -93,23 +98,25 @@ class Policy:
         """The deployment's scope, the tenant's, the key's; those that exist."""
         self.strict = settings.estimate == "max" and settings.on_overrun == "cut" and settings.mode == "enforce"
         """Nothing is ever overspent: every figure is an upper bound, and the upstream is told the maximum."""
+        self.enforces = settings.mode == "enforce"
         self._accounts = accounts
         self._bounds: dict[str, Bound] = {}
-
-    @property
-    def enforces(self) -> bool:
-        return self.settings.mode == "enforce"
 
     def account(self, provider: str) -> Scope | None:
         """The scope of a provider's account; None where it has no limits."""
         return self._accounts.get(provider)
+
+    def refuses_nothing(self, provider: str) -> bool:
+        """Whatever a request asks of this provider: no limit is enforced, and its price need not be known."""
+        return not self.at(provider).reserves and not (self.enforces and self.settings.on_unknown_price == "deny")
 
     def at(self, provider: str) -> Bound:
         """All scopes of a request at this provider."""
         bound = self._bounds.get(provider)
         if bound is None:
             account = self._accounts.get(provider)
-            bound = self._bounds[provider] = Bound(self.own if account is None else (*self.own, account))
+            scopes = self.own if account is None else (*self.own, account)
+            bound = self._bounds[provider] = Bound(scopes, rehearses=self.settings is not UNWRITTEN)
         return bound
 
 

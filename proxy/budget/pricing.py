@@ -176,6 +176,11 @@ class Account:
     models: Mapping[str, ModelFacts] = field(default_factory=dict)
 
 
+def usable(rates: Rates | None, dialect: Dialect) -> Rates | None:
+    """The rates, if they can price an ask of this kind."""
+    return rates if rates is None or rates.generates or dialect == "embeddings" else None
+
+
 class PriceBook:
     """Prices and sizes of targets. `clock` gives seconds since the epoch: list prices change by date and by hour."""
 
@@ -208,8 +213,7 @@ class PriceBook:
 
     def rates(self, target: Target, dialect: Dialect, service_tier: str = "") -> Rates | None:
         """The price of an ask at `target`; None where it is not known."""
-        rates = self.facts(target, service_tier).rates
-        return rates if rates is None or rates.generates or dialect == "embeddings" else None
+        return usable(self.facts(target, service_tier).rates, dialect)
 
     def _look_up(self, target: Target, service_tier: str, now: float) -> tuple[ModelFacts, float]:
         vendor, globs = self._accounts.get(target.provider, (None, _Globs({})))

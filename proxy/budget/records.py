@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import add
 from typing import Final, NamedTuple
 
+from proxy.budget.amounts import MAX_AMOUNT
 from proxy.money import usd_text
 from proxy.store.base import Entry, Record, Tally
 from proxy.types import Target, Usage
@@ -38,6 +40,8 @@ _COUNTS: Final = frozenset(
 _FLAGS: Final = frozenset({"estimated", "priced"})
 
 Value = str | int | bool | None
+Dimensions = tuple[str, str, str, str, str, str]
+"""As `store.base.DIMENSIONS`."""
 
 
 class Line(NamedTuple):
@@ -60,21 +64,42 @@ class Line(NamedTuple):
     """1 for the first of its request."""
 
 
+def entries_of(lines: Iterable[Line], *, recorded: bool) -> tuple[Entry, ...]:
+    """Of each line its own with its record; or, where nobody reads records, the sums of lines that agree."""
+    if recorded:
+        return tuple([entry_of(line) for line in lines])
+    counts: dict[Dimensions, list[int]] = {}
+    for line in lines:
+        dimensions = _dimensions(line)
+        sums = counts.get(dimensions)
+        if sums is None:
+            counts[dimensions] = list(_counts(line))
+        else:
+            sums[:] = map(add, sums, _counts(line))
+    return tuple([Entry(key, Tally(*[min(count, MAX_AMOUNT) for count in sums])) for key, sums in counts.items()])
+
+
+def _dimensions(line: Line) -> Dimensions:
+    target = line.target
+    quality = "estimated" if line.usage.estimated else "true"
+    return (line.tenant, line.key, target.label, target.provider, line.tags, quality)
+
+
+def _counts(line: Line) -> tuple[int, ...]:
+    """In the order in which `Tally` names them."""
+    usage, nano = line.usage, line.nano_usd
+    return (
+        1, usage.input, usage.output, usage.cache_read, usage.cache_write, usage.reasoning,
+        *((0, 1) if nano is None else (nano, 0)),
+    )  # fmt: skip
+
+
 def entry_of(line: Line) -> Entry:
     usage, target = line.usage, line.target
     nano = line.nano_usd or 0
     return Entry(
-        (line.tenant, line.key, target.label, target.provider, line.tags, "estimated" if usage.estimated else "true"),
-        Tally(
-            1,
-            usage.input,
-            usage.output,
-            usage.cache_read,
-            usage.cache_write,
-            usage.reasoning,
-            nano,
-            0 if line.nano_usd is not None else 1,
-        ),
+        _dimensions(line),
+        Tally(*[min(count, MAX_AMOUNT) for count in _counts(line)]),
         (
             "id", line.reservation,
             "at", str(line.at),

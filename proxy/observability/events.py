@@ -102,6 +102,8 @@ class BudgetRefused(msgspec.Struct, frozen=True, kw_only=True):
     """Requests, tokens or nano-dollars, as the window counts."""
     retry_after_ms: int | None = None
     """None: never, for the request is larger than the window."""
+    unsaid: int = 0
+    """Further ones of this tenant and window in mode observe, since the last event, that had no event of their own."""
 
 
 class StoreDegraded(msgspec.Struct, frozen=True, kw_only=True):

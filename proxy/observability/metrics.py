@@ -20,7 +20,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from proxy.money import NANO
-from proxy.observability.events import BudgetRefused, ConnectionRefused, Notice, RequestFinished, RequestRefused
+from proxy.observability.events import ConnectionRefused, Notice, RequestFinished, RequestRefused
 from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
 from proxy.types import OTHER, Usage
 
@@ -185,7 +185,6 @@ class Metrics:
             RequestFinished: self._finished,
             RequestRefused: self._refused,
             ConnectionRefused: self._connection_refused,
-            BudgetRefused: self._budget_refused,
         }
         self._clock = clock
         self._cache_seconds = cache_seconds
@@ -231,8 +230,9 @@ class Metrics:
     def _connection_refused(self, event: ConnectionRefused) -> None:
         self._families.connections_refused.child(event.code).value += 1
 
-    def _budget_refused(self, event: BudgetRefused) -> None:
-        self._families.refusals.child(event.tenant, event.window, event.mode).value += 1
+    def budget_refused(self, tenant: str, window: str, mode: str) -> None:
+        """A request met a full window. (Not every one has an event of its own.)"""
+        self._families.refusals.child(tenant, window, mode).value += 1
 
     def estimated(self, taken: int, reserved: int) -> None:
         """A settled request: the tokens that it took and those that were reserved for it."""

@@ -56,11 +56,11 @@ class Scope(msgspec.Struct, frozen=True, eq=False):
     limits: Limits = Limits()
     enforced: bool = True
     """False: what does not fit is granted all the same, and said."""
+    place: str = ""
+    """Names the scope's windows: two scopes of one kind and name share them, and no others do. Follows from them."""
 
-    @property
-    def place(self) -> str:
-        """Names the scope's windows: two scopes of one kind and name share them, and no others do."""
-        return f"{self.kind}:{len(self.name)}:{self.name}"
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "place", f"{self.kind}:{len(self.name)}:{self.name}")
 
 
 class Reservation(msgspec.Struct, frozen=True, gc=False):
@@ -285,6 +285,7 @@ def checked_entries(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
             raise ValueError("an entry has a value for each of the dimensions, if only an empty one")
         if len(entry.record) % 2 or len(entry.record) > MAX_RECORD:
             raise ValueError("a record is names and values in turn, at most 100 of each")
-        if not all(0 <= count <= MAX_AMOUNT for count in msgspec.structs.astuple(entry.usage)):
+        counts = msgspec.structs.astuple(entry.usage)
+        if min(counts) < 0 or max(counts) > MAX_AMOUNT:
             raise ValueError("a count is between 0 and 2**43")
     return entries

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from operator import add
 
 from proxy.store.base import DIMENSIONS, ROLLUP_FIELDS, ROLLUP_KEPT_MS, ROLLUP_MS, Dimension, Entry, Record, Tally
 from proxy.store.base import UsageRow as Row
@@ -35,8 +36,7 @@ class MemoryLedger:
             if sums is None:
                 field = entry.dimensions if len(fields) < ROLLUP_FIELDS else overflow(tenant)
                 sums = fields.setdefault(field, [0] * len(Tally.__struct_fields__))
-            for index, count in enumerate(tally_values(entry.usage)):
-                sums[index] += count
+            sums[:] = map(add, sums, tally_values(entry.usage))
             if entry.record:
                 self.post(entry.record, wall_ms)
 

@@ -80,7 +80,7 @@ class Counter:
 
         Dialects without a prompt count as 0, and so does whatever has not the shape that its dialect asks for.
         """
-        vocabulary = await self._vocabularies.get(encoding)
+        vocabulary = self._vocabularies.ready(encoding) or await self._vocabularies.get(encoding)
         size = prompts.size_of(dialect, fields)
         if size > LOOP_BYTES:
             return await self._in_thread(
@@ -100,7 +100,10 @@ class Counter:
     async def _count_parts(self, prompt: prompts.Prompt, size: int, vocabulary: Vocabulary) -> int:
         """`size` is the length of all units in bytes."""
         if size <= INLINE_BYTES:
-            return self._inline(lambda tally: self._add_up(prompt, vocabulary, tally), vocabulary)
+            tally = Tally(vocabulary)
+            tokens = self._add_up(prompt, vocabulary, tally)
+            self.encode_calls += tally.calls
+            return tokens
         if size > LOOP_BYTES:
             return await self._in_thread(lambda tally: self._add_up(prompt, vocabulary, tally), vocabulary)
         units = prompt.units + [(prompts.MESSAGE, raw) for raw in prompt.messages]

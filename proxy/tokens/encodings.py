@@ -6,6 +6,7 @@ models among them, is counted as `o200k_base`: close for English and code, and t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 DEFAULT: Final = "o200k_base"
@@ -25,6 +26,7 @@ _PREFIXES: Final = {
 _BY_LENGTH: Final = tuple(sorted(_PREFIXES.items(), key=lambda item: -len(item[0])))
 
 
+@lru_cache(1024)
 def encoding_of(model: str) -> str:
     """The name of an encoding, never an error: `encoding_of("openai/gpt-4-32k")` is `"cl100k_base"`.
 

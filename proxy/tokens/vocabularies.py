@@ -113,12 +113,13 @@ class Vocabularies:
     `read` gives the content of a rank file by file name (`o200k_base.tiktoken.gz`).
     """
 
-    __slots__ = ("_loads", "_lock", "_read")
+    __slots__ = ("_loads", "_lock", "_read", "_ready")
 
     def __init__(self, read: Callable[[str], bytes] = packed) -> None:
         self._read = read
         self._lock = Lock()
         self._loads: dict[str, Future[Vocabulary]] = {}
+        self._ready: dict[str, Vocabulary] = {}
 
     def load(self, encoding: str) -> Vocabulary:
         """Blocks until the vocabulary of an encoding (one of `ENCODINGS`, else KeyError) is there.
@@ -131,6 +132,10 @@ class Vocabularies:
             self._fill(name, future)
         return future.result()
 
+    def ready(self, encoding: str) -> Vocabulary | None:
+        """The vocabulary, if it is loaded."""
+        return self._ready.get(encoding)
+
     async def get(self, encoding: str) -> Vocabulary:
         """The same without blocking. A cancelled caller leaves the load running for the others."""
         name = _RANKS_OF[encoding]
@@ -141,9 +146,9 @@ class Vocabularies:
                 thread.start()
             except RuntimeError as error:
                 self._fail(name, future, error)
-        if future.done():
-            return future.result()
-        return await asyncio.wrap_future(future)
+        vocabulary = future.result() if future.done() else await asyncio.wrap_future(future)
+        self._ready[encoding] = vocabulary
+        return vocabulary
 
     def _claim(self, name: str) -> tuple[Future[Vocabulary], bool]:
         with self._lock:

@@ -125,10 +125,12 @@ class Scene:
     async def row(self, kind: str = "tenant", name: str | None = None) -> Row:
         self.policies.of(TENANT)
         scopes = [one for one in self.policies.scopes if one.kind == kind and name in (None, one.name)]
+        await self.budget.daybook.flush()
         balances = await self.access.balance(tuple(scopes[:1]))
         return balances[0].row
 
     async def used(self, *by: str) -> list[UsageRow]:
+        await self.budget.daybook.flush()
         return await self.store.usage(0, 2**52, by or ("tenant",))  # type: ignore[arg-type]
 
     async def serve(self, ask: Want | None = None, usage: Usage | None = None, tenant: str = TENANT) -> Record:

@@ -14,6 +14,7 @@ import pytest
 from genai_prices.data_snapshot import get_snapshot
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from proxy.budget.library import GenaiPrices, rates_of
 from proxy.budget.pricing import (
@@ -378,15 +379,15 @@ def test_the_line_to_paste_makes_the_price_known(tmp_path_factory: pytest.TempPa
 
 @given(usages(), st.integers(0, 10**7), st.integers(0, 10**6), rate, rate)
 def test_audio_is_priced_as_audio_and_counted_once(usage: Usage, heard: int, spoken: int, dear: int, loud: int) -> None:
-    usage = replace(usage, input_audio=min(heard, usage.input), output_audio=min(spoken, usage.output))
+    usage = structs.replace(usage, input_audio=min(heard, usage.input), output_audio=min(spoken, usage.output))
     rates = replace(MINI, audio=(dear, loud))
     plain = usage.input - usage.cache_read - usage.cache_write
     audio = min(usage.input_audio, plain)
     said = min(usage.output_audio, usage.output - usage.reasoning)
-    text = replace(usage, input=usage.input - audio, output=usage.output - said, input_audio=0, output_audio=0)
+    text = structs.replace(usage, input=usage.input - audio, output=usage.output - said, input_audio=0, output_audio=0)
     due = exact(text, MINI) + (Decimal(audio) * dear + Decimal(said) * loud) / 1_000_000
     assert cost(usage, rates) == min(int(due.to_integral_value(ROUND_CEILING)), LARGEST)
-    assert cost(usage, MINI) == cost(replace(usage, input_audio=0, output_audio=0), rates)
+    assert cost(usage, MINI) == cost(structs.replace(usage, input_audio=0, output_audio=0), rates)
     assert ceiling(usage.input, usage.output, rates) >= cost(usage, rates)
 
 

@@ -163,7 +163,7 @@ def test_version_and_module() -> None:
 
 def test_every_command_has_help() -> None:
     listing = run("--help").stdout
-    for name in ("serve", "demo", "check", "mock", "config"):
+    for name in ("serve", "demo", "check", "health", "mock", "config"):
         assert f"\n  {name} " in listing
         assert run(name, "--help").returncode == 0
 

@@ -204,3 +204,14 @@ def test_with_one_redis_each_request_is_written_once_however_many_processes_writ
         for name in ("one.jsonl", "two.jsonl"):
             found = lines(tmp_path / name)
             assert len({line["request_id"] for line in found}) == len(found) == 7
+
+
+@pytest.mark.parametrize("budget", [{"mode": "off"}, {"mode": "observe", "tokens_per_minute": 1}, {}])
+def test_what_reserves_nothing_is_written_too(tmp_path: Path, budget: dict[str, Any]) -> None:
+    file = written(tmp_path, ledger={"sinks": [{"file": "ledger.jsonl"}]}, budget=budget)
+    with serving(file) as process:
+        cost = ask(process, ACME) + ask(process, BETA)
+        assert process.stop() == 0
+    found = lines(tmp_path / "ledger.jsonl")
+    assert sorted(line["tenant"] for line in found) == ["acme", "beta"]
+    assert sum(float(line["cost_usd"]) for line in found) == pytest.approx(cost, abs=1e-12)

@@ -167,6 +167,7 @@ async def test_unwritten_it_refuses_nothing_and_says_what_it_would_have() -> Non
             assert answer.status_code == 200
             assert "x-ratelimit-limit-tokens" not in answer.headers
         await running.quiet()
+        await running.running.budget.daybook.flush()
         modes = {event.mode for event in running.events if isinstance(event, BudgetRefused)}
         assert modes == {"observe"}
 
