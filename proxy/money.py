@@ -5,6 +5,7 @@ Rates are nano-dollars per million tokens. Every amount stays below 2^53, so tha
 
 from __future__ import annotations
 
+import re
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Final
 
@@ -12,6 +13,8 @@ NANO: Final = 1_000_000_000
 PER_MILLION: Final = 1_000_000
 LARGEST: Final = 2**53 - 1
 """The largest amount of anything that is counted: 9,007,199.25 USD, or as many tokens."""
+
+_USD: Final = re.compile(r"[0-9]{1,16}(\.[0-9]{1,9})?", re.ASCII)
 
 
 def nano_usd(usd: Decimal) -> int:
@@ -30,3 +33,14 @@ def usd_text(nano: int) -> str:
     """Nano-dollars as decimal dollars without needless zeros: 1_500_000 is `0.0015`, 2_000_000_000 is `2`."""
     whole, rest = divmod(nano, NANO)
     return f"{whole}.{rest:09d}".rstrip("0").rstrip(".")
+
+
+def nano_of(text: str) -> int:
+    """The inverse of `usd_text`. Raises ValueError for a text that is no such amount, or not below 2^53."""
+    if not _USD.fullmatch(text):
+        raise ValueError("an amount of dollars has digits, and at most nine of them after a point")
+    whole, _, rest = text.partition(".")
+    nano = int(whole) * NANO + int(rest.ljust(9, "0"))
+    if nano > LARGEST:
+        raise ValueError("an amount of money stays below 2^53 nano-dollars")
+    return nano

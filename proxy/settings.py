@@ -8,6 +8,7 @@ and in the layers' own validators reach the user as they are, so they name what 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
@@ -43,6 +44,14 @@ HeaderText = Annotated[str, AfterValidator(_header_value)]
 
 HeaderSecret = Annotated[SecretStr, AfterValidator(_secret_header_value)]
 """A secret that is sent, or received, as an HTTP header value."""
+
+
+class Made:
+    """Marks the path of a file that is made where it is not there; its directory is not."""
+
+
+MadeFile = Annotated[Path, Made()]
+"""A file that is written to."""
 
 DAY_MS = 86_400_000
 

@@ -132,6 +132,9 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     reasoning: int = 0
     estimated: bool = False
     """Counted by us, because the provider said nothing. `usage: 0` from a provider is not `estimated`."""
+    input_audio: int = 0
+    output_audio: int = 0
+    """Tokens of audio: parts of the input and the output, which some models charge otherwise than text."""
 
     @property
     def total(self) -> int:

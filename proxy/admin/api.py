@@ -5,12 +5,11 @@ It is reached only with an admin key; the edge has checked that before this appl
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -30,9 +29,7 @@ class Status(BaseModel):
     """Requests being served now."""
 
 
-_SPAN = re.compile(r"([1-9][0-9]{0,5})([mhd])")
-_UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
-
+Document = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 
@@ -42,13 +39,13 @@ def create_admin(
     effective: Callable[[], dict[str, Any]],
     in_flight: Callable[[], int],
     budgets: Callable[[str | None], Awaitable[Rows]],
-    usage: Callable[[int, list[str]], Awaitable[Rows]],
-    dimensions: Sequence[str],
+    usage: Callable[[str, str], Awaitable[Document]],
+    usage_csv: Callable[[Document], str],
 ) -> FastAPI:
     """`effective` gives the configuration in force, secrets masked.
 
-    `budgets`: the figures of all scopes, or of a tenant's. `usage`: what was used in the last milliseconds, by some of
-    `dimensions`."""
+    `budgets`: the figures of all scopes, or of a tenant's. `usage`: what was used since a span of time, by a list of
+    dimensions; it raises InvalidRequest."""
     app = FastAPI(
         title="Breakwater administration",
         version=__version__,
@@ -74,7 +71,7 @@ def create_admin(
         """The effective configuration: every key with its value and where that came from, secrets masked."""
         return effective()
 
-    _add_budgets(app, budgets, usage, dimensions)
+    _add_budgets(app, budgets, usage, usage_csv)
     _add_errors(app)
     return app
 
@@ -82,8 +79,8 @@ def create_admin(
 def _add_budgets(
     app: FastAPI,
     budgets: Callable[[str | None], Awaitable[Rows]],
-    usage: Callable[[int, list[str]], Awaitable[Rows]],
-    dimensions: Sequence[str],
+    usage: Callable[[str, str], Awaitable[Document]],
+    usage_csv: Callable[[Document], str],
 ) -> None:
     @app.get("/admin/budgets")
     async def all_budgets() -> Rows:
@@ -98,16 +95,16 @@ def _add_budgets(
             raise NotFound("No tenant of this name is configured, or has asked for anything yet.")
         return found
 
-    @app.get("/admin/usage")
-    async def used(since: str = "24h", by: str = "tenant,model") -> dict[str, Any]:
-        """Requests, tokens and cost in whole hours since then (30m, 24h, 7d), by a list of dimensions."""
-        span = _SPAN.fullmatch(since)
-        names = by.split(",")
-        if span is None:
-            raise InvalidRequest("since is a span of time such as 30m, 24h or 7d.", param="since")
-        if len(set(names)) != len(names) or not set(names) <= set(dimensions):
-            raise InvalidRequest(f"by is a list of: {', '.join(dimensions)}.", param="by")
-        return {"since": since, "by": names, "rows": await usage(int(span[1]) * _UNIT_MS[span[2]], names)}
+    @app.get("/admin/usage", response_model=None)
+    async def used(
+        since: str = "24h", by: str = "tenant,model", form: Annotated[str, Query(alias="format")] = "json"
+    ) -> Document | Response:
+        """Requests, tokens and cost in whole hours since then (30m, 24h, 7d), by a list of dimensions: tenant, key,
+        model, provider, tags, quality. The format is json or csv."""
+        if form not in ("json", "csv"):
+            raise InvalidRequest("format is json or csv.", param="format")
+        found = await usage(since, by)
+        return found if form == "json" else Response(usage_csv(found), media_type="text/csv; charset=utf-8")
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from proxy import __version__
-from proxy.app.budgets import budget_of, budgets_shown, gauges_of, readiness_of, used
+from proxy.app.budgets import budget_of, budgets_shown, gauges_of, readiness_of, used_here
 from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
+from proxy.app.ledger import Ledger, ledger_of
 from proxy.app.owners import ownership_of
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
+from proxy.budget.rollups import as_csv
 from proxy.catalog import Catalog
 from proxy.config.effective import nested
 from proxy.config.loader import Loaded
@@ -24,6 +26,7 @@ from proxy.edge.asgi import App, Gateway, Side
 from proxy.edge.auth import AdminKeys, Keyless, is_loopback
 from proxy.edge.follow import KeyFollower
 from proxy.edge.head import Limits
+from proxy.edge.settings import ListenSettings
 from proxy.observability.events import Bus, ConnectionRefused
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
@@ -32,7 +35,6 @@ from proxy.pipeline import Pipeline
 from proxy.providers.base import Provider
 from proxy.providers.settings import OpenAISettings
 from proxy.routing import Route, Routing
-from proxy.store.base import DIMENSIONS
 from proxy.tokens.count import Counter
 
 
@@ -50,6 +52,7 @@ class Running:
         budget: Budget,
         follower: KeyFollower | None,
         owners: Owners,
+        ledger: Ledger,
     ) -> None:
         self.gateway = gateway
         self.side = side
@@ -61,9 +64,11 @@ class Running:
         self.budget = budget
         self._follower = follower
         self._owners = owners
+        self._ledger = ledger
 
     async def start(self) -> None:
         """Before anything is served."""
+        await self._ledger.start()
         self.budget.start()
         if self._follower is not None:
             await self._follower.start()
@@ -73,6 +78,7 @@ class Running:
             await self._follower.aclose()
         await self.budget.aclose()
         await self._owners.aclose()
+        await self._ledger.aclose()
         await self.budget.access.store.aclose()
         for provider in self._providers.values():
             await provider.aclose()
@@ -115,7 +121,7 @@ def create_app(
         degraded=lambda: budget.access.away,
         budgets=lambda: gauges_of(budget),
     )
-    budget.observe = metrics.estimated
+    budget.admission.observe = metrics.estimated
     budget.refusals.count = metrics.budget_refused
     budget.access.failed = metrics.store_failed
     bus.subscribe(metrics)
@@ -139,14 +145,18 @@ def create_app(
         own_port=listen.admin_port is not None,
         clock=clock,
     )
-    limits = Limits(
+    ledger = ledger_of(settings, budget.access.store, bus)
+    return Running(gateway, side, _limits(listen), metrics, providers, executor, budget, follower, owners, ledger)
+
+
+def _limits(listen: ListenSettings) -> Limits:
+    return Limits(
         body_bytes=listen.max_body_bytes,
         head_seconds=listen.header_timeout_ms / 1000,
         body_seconds=listen.body_timeout_ms / 1000,
         write_seconds=listen.write_timeout_ms / 1000,
         keep_alive_seconds=listen.keep_alive_ms / 1000,
     )
-    return Running(gateway, side, limits, metrics, providers, executor, budget, follower, owners)
 
 
 def refused_into(bus: Bus) -> Callable[[int, str], None]:
@@ -169,8 +179,8 @@ def _admin(loaded: Loaded, budget: Budget, keys: Keys, in_flight: Callable[[], i
         effective=lambda: {"config": nested(loaded.settings), "origins": dict(loaded.origins)},
         in_flight=in_flight,
         budgets=partial(budgets_shown, budget),
-        usage=partial(used, budget),
-        dimensions=DIMENSIONS,
+        usage=partial(used_here, budget),
+        usage_csv=as_csv,
     )
     add_keys(admin, AdministeredKeys(keys))
     return admin

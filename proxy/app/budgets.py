@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +26,8 @@ from proxy.budget.pricing import (
     vendor_of,
 )
 from proxy.budget.readiness import Readiness
-from proxy.budget.report import by_tenant, gauges, shown, usage_shown
+from proxy.budget.report import by_tenant, gauges, shown
+from proxy.budget.rollups import Document, document, query_of
 from proxy.budget.watch import Watch
 from proxy.config.settings import Settings
 from proxy.edge.auth import DEFAULT
@@ -34,7 +36,7 @@ from proxy.observability.events import Bus
 from proxy.observability.metrics import Gauged
 from proxy.providers.settings import OpenAISettings, ProviderSettings
 from proxy.store.address import MEMORY
-from proxy.store.base import DIMENSIONS, ROLLUP_MS, SEED_MS, BudgetStore
+from proxy.store.base import SEED_MS, BudgetStore, Dimension, UsageRow
 from proxy.store.base import StoreUnavailable as StoreAway
 from proxy.store.memory import MemoryStore
 from proxy.tokens.count import Counter
@@ -75,7 +77,7 @@ def budget_of(settings: Settings, bus: Bus, counter: Counter) -> Budget:
         clock=clock,
         emit=bus.emit,
         prompt=alone,
-        recorded=not alone,
+        recorded=not alone or bool(settings.ledger.sinks),
     )
 
 
@@ -126,16 +128,23 @@ async def budgets_shown(budget: Budget, tenant: str | None) -> list[dict[str, An
     return shown(found)
 
 
-async def used(budget: Budget, span_ms: int, by: list[str]) -> list[dict[str, Any]]:
-    """As JSON: what was used in the last `span_ms` milliseconds, in whole hours. Raises StoreUnavailable."""
-    names = [one for name in by for one in DIMENSIONS if one == name]
-    await budget.daybook.flush()
-    now = budget.wall_ms()
-    since = (now - span_ms) // ROLLUP_MS * ROLLUP_MS
+ReadUsage = Callable[[int, int, Sequence[Dimension]], Awaitable[list[UsageRow]]]
+"""As `BudgetStore.usage`."""
+
+
+async def used(read: ReadUsage, now_ms: int, since: str, by: str) -> Document:
+    """What was used in that span, in whole hours (`rollups`). Raises InvalidRequest and StoreUnavailable."""
+    query = query_of(since, by, now_ms)
     try:
-        return usage_shown(await budget.access.usage(since, now + ROLLUP_MS, names), names)
+        return document(query, await read(query.since_ms, query.until_ms, query.by))
     except StoreAway as error:
         raise store_unavailable() from error
+
+
+async def used_here(budget: Budget, since: str, by: str) -> Document:
+    """The same, with what this process has not booked yet."""
+    await budget.daybook.flush()
+    return await used(budget.access.usage, budget.wall_ms(), since, by)
 
 
 async def gauges_of(budget: Budget) -> Gauged:

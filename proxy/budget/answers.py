@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from proxy.budget.amounts import Row
 from proxy.budget.plan import Plan
 from proxy.budget.policy import Reach
-from proxy.budget.pricing import line_to_paste
+from proxy.budget.pricing import line_to_paste, place_to_paste
 from proxy.errors import BudgetExceeded, ModelPriceUnknown, ProviderFull, RequestExceedsBudget, StoreUnavailable
 from proxy.money import usd_text
 from proxy.store.base import Refused, Scope
@@ -87,8 +87,8 @@ def request_exceeds(plan: Plan, scopes: Iterable[tuple[Scope, Reach]]) -> Reques
 def price_unknown(target: Target) -> ModelPriceUnknown:
     return ModelPriceUnknown(
         f"No price is known for '{target.model}' at '{target.provider}', so it cannot be held to a budget in USD. Add"
-        " this line under 'providers', with USD per million tokens, or 'price: none' for a model that costs nothing: "
-        f"{line_to_paste(target)}",
+        f" this line under {place_to_paste(target)}, with USD per million tokens, or 'price: none' for a model that"
+        f" costs nothing: {line_to_paste(target)}",
         param="model",
     )
 

@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+from proxy.budget.counting import BYTES_PER_TOKEN
 from proxy.budget.held import Attempt, Held
 from proxy.budget.plan import Plan, Want
 from proxy.budget.policy import Policy
@@ -29,14 +30,12 @@ if TYPE_CHECKING:
 
 NEAR: Final = 0.9
 """Of its reserved output, what a stream may have made before it asks for more."""
-BYTES_PER_TOKEN: Final = 4
-"""Before a stream was first measured: fewer bytes than this make no token, and that is enough to know."""
 
 
 class Charge(Tab):
     """Made by `Budget.hold`. One task uses it."""
 
-    __slots__ = ("_full", "_grows", "_plan", "held")
+    __slots__ = ("_admission", "_full", "_grows", "_plan", "held")
 
     def __init__(
         self,
@@ -59,6 +58,7 @@ class Charge(Tab):
         """What is reserved for the next attempt."""
         self._full: dict[Target, ProviderFull] | None = None
         self._grows = True
+        self._admission = budget.admission
 
     @property
     def has_alternatives(self) -> bool:
@@ -96,7 +96,7 @@ class Charge(Tab):
         refused: ProxyError | None = None
         for target in self._targets:
             try:
-                self._plan = await self._budget.take(self, target)
+                self._plan = await self._admission.take(self, target)
             except ProviderFull as full:
                 if self._full is None:
                     self._full = {}
@@ -118,11 +118,11 @@ class Charge(Tab):
                 await self._settle()
 
     async def _settle(self) -> None:
-        held, budget = self.held, self._budget
+        held = self.held
         if held.risks[0]:
-            budget.at_risk(held, ())
+            self._admission.at_risk(held, ())
         if held.state is not None or held.entries:
-            await budget.settle(held, self.policy)
+            await self._admission.settle(held, self.policy)
 
     # -- attempts ----------------------------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class Charge(Tab):
             raise full
         plan, self._plan = self._plan, None
         if plan is None or plan.target != target:
-            plan = await self._budget.take(self, target)
+            plan = await self._admission.take(self, target)
         held = self.held
         attempt = self._begin(plan)
         self.output_cap = plan.output_cap
@@ -170,7 +170,7 @@ class Charge(Tab):
             per_token = attempt.seen_bytes / max(attempt.measured, 1)
             attempt.next_check = max(int(room * NEAR * per_token), attempt.seen_bytes + 1024)
             return True
-        if not await self._budget.grow(self, plan, 2 * max(attempt.measured, room, 64)):
+        if not await self._admission.grow(self, plan, 2 * max(attempt.measured, room, 64)):
             self._grows = False
             return not (self.policy.enforces and self.policy.settings.on_overrun == "cut")
         attempt.next_check = attempt.seen_bytes + 1024

@@ -108,4 +108,6 @@ def added(one: Usage, other: Usage) -> Usage:
         one.cache_write + other.cache_write,
         one.reasoning + other.reasoning,
         one.estimated or other.estimated,
+        one.input_audio + other.input_audio,
+        one.output_audio + other.output_audio,
     )

@@ -17,7 +17,7 @@ from genai_prices.data_snapshot import DataSnapshot, get_snapshot
 from genai_prices.types import ModelPrice, Provider, TieredPrices
 
 from proxy.budget.pricing import UNKNOWN, ModelFacts, Rates, Tier
-from proxy.money import NANO, nano_usd
+from proxy.money import nano_usd
 
 CHANGES_SECONDS: Final = 300.0
 """How often a price that depends on date or hour is looked up again."""
@@ -80,7 +80,8 @@ def _rates_at(listed: Mapping[str, Decimal | TieredPrices], start: int | None) -
     plain = rate("input_mtok", 0)
     output = rate("output_mtok", 0)
     requests = listed.get("requests_kcount")
-    per_request = 0 if requests is None else int(_at(requests, start) * NANO / 1000)
+    per_request = 0 if requests is None else nano_usd(_at(requests, start) / 1000)
+    heard, spoken = rate("input_audio_mtok", plain) or plain, rate("output_audio_mtok", output) or output
     return Rates(
         plain,
         rate("cache_read_mtok", plain),
@@ -88,6 +89,7 @@ def _rates_at(listed: Mapping[str, Decimal | TieredPrices], start: int | None) -
         output,
         rate("output_reasoning_mtok", output),
         per_request,
+        audio=None if (heard, spoken) == (plain, output) else (heard, spoken),
     )
 
 

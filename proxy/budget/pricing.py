@@ -40,6 +40,8 @@ class Rates:
     """Ascending. The last one whose threshold the input exceeds prices all tokens, not only those above it."""
     generates: bool = True
     """False: no price for output is known, so these rates serve embeddings only."""
+    audio: tuple[int, int] | None = None
+    """Of input and output tokens of audio; None: as text. Cached audio is charged as cached input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +69,21 @@ def cost(usage: Usage, rates: Rates) -> int:
         + (usage.output - usage.reasoning) * rates.output
         + usage.reasoning * rates.reasoning
     )
+    if rates.audio is not None:
+        heard, spoken = rates.audio
+        micro += min(usage.input_audio, plain) * (heard - rates.input)
+        micro += min(usage.output_audio, usage.output - usage.reasoning) * (spoken - rates.output)
     return min(-(-micro // PER_MILLION) + rates.request, LARGEST)
 
 
 def ceiling(input_tokens: int, output_tokens: int, rates: Rates) -> int:
-    """The most that so many tokens can cost, whichever of them are cached, written or reasoning, in whichever tier."""
+    """The most that so many tokens can cost, whichever of them are cached, written, reasoning or audio, in whichever
+    tier."""
     worst = 0
     for one in (rates, *(tier.rates for tier in rates.tiers if input_tokens > tier.above)):
-        micro = input_tokens * max(one.input, one.cached_input, one.cache_write)
-        micro += output_tokens * max(one.output, one.reasoning)
+        heard, spoken = one.audio or (0, 0)
+        micro = input_tokens * max(one.input, one.cached_input, one.cache_write, heard)
+        micro += output_tokens * max(one.output, one.reasoning, spoken)
         worst = max(worst, -(-micro // PER_MILLION) + one.request)
     return min(worst, LARGEST)
 
@@ -137,7 +145,15 @@ def _rates(price: PriceSettings | TierSettings, request: int) -> Rates:
         output,
         rate(price.reasoning, output),
         request,
+        audio=_audio(price, plain, output),
     )
+
+
+def _audio(price: PriceSettings | TierSettings, plain: int, output: int) -> tuple[int, int] | None:
+    heard, spoken = price.audio_input, price.audio_output
+    if heard is None and spoken is None:
+        return None
+    return plain if heard is None else nano_usd(heard), output if spoken is None else nano_usd(spoken)
 
 
 class Library(Protocol):
@@ -238,9 +254,13 @@ def unknown_refused(policy: OnUnknownPrice, *, usd_limited: bool) -> bool:
 
 
 def line_to_paste(target: Target) -> str:
-    """The configuration that makes the price of `target` known, as one line of YAML under `providers`."""
+    """What makes the price of `target` known, once USD are figures: one line of YAML under `place_to_paste`."""
     model = target.model.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{target.provider}: {{models: {{"{model}": {{price: {{input: USD, output: USD}}}}}}}}'
+    return f'"{model}": {{price: {{input: USD, output: USD}}}}'
+
+
+def place_to_paste(target: Target) -> str:
+    return f"providers.{target.provider}.models"
 
 
 def vendor_of(base_url: str, patterns: Iterable[tuple[str, str]]) -> str | None:

@@ -1,18 +1,35 @@
 """The ledger's line for one attempt that was, or may have been, billed: for roll-ups and for sinks. Pure.
 
 A record is names and values in turn, as texts, because that is what every store can hold. `decoded` gives the values
-their types back: counts are integers again, flags true or false.
+their types back: counts are integers again, flags true or false. `written` is a record as a line of a file has it:
+
+    outbox            its id in the store's outbox, in ascending order
+    time              when the attempt was over: UTC, RFC 3339, always with milliseconds
+    id                of the reservation; one request can have several attempts under it, and in rare cases several ids
+    request_id        as in `x-request-id` and in the log
+    tenant, key       the tenant's name; the first digits of the key's digest, never the key
+    model             the configured name or glob; `upstream_model` is what the provider was asked for
+    provider, tags    the provider's name; what `x-breakwater-tags` said
+    input, output     tokens; `cache_read` and `cache_write` are part of the input, `reasoning` of the output
+    estimated         true: counted by the proxy, because the provider did not say
+    cost_usd          dollars as an exact decimal text; null: nobody knows a price
+    status, attempt   the provider's status, 0 for none; 1 for the first attempt of a request
+
+A reservation that nobody settled, because its process died, has `outbox`, `time`, `lost` (its id), and what it was
+charged: `requests`, `tokens`, `cost_usd`.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Sequence
 from operator import add
 from typing import Final, NamedTuple
 
 from proxy.budget.amounts import MAX_AMOUNT
-from proxy.store.base import Entry, Tally
+from proxy.money import usd_text
+from proxy.store.base import Entry, Record, Tally
 from proxy.types import Target, Usage
 
 MAX_TAGS: Final = 256
@@ -22,7 +39,7 @@ _COUNTS: Final = frozenset(
 )
 _FLAGS: Final = frozenset({"estimated", "priced"})
 
-Value = str | int | bool
+Value = str | int | bool | None
 Dimensions = tuple[str, str, str, str, str, str]
 """As `store.base.DIMENSIONS`."""
 
@@ -123,3 +140,19 @@ def decoded(fields: Sequence[str]) -> dict[str, Value]:
         else:
             found[name] = text
     return found
+
+
+def written(record: Record) -> dict[str, Value]:
+    """The line of a file, as above."""
+    found = decoded(record.fields)
+    at = found.pop("at", None)
+    milliseconds = at if isinstance(at, int) else int(record.id.partition("-")[0])
+    nano, priced = found.pop("nano_usd", 0), found.pop("priced", True)
+    line: dict[str, Value] = {"outbox": record.id, "time": time_text(milliseconds), **found}
+    return {**line, "cost_usd": usd_text(nano) if priced and isinstance(nano, int) else None}
+
+
+def time_text(milliseconds: int) -> str:
+    """Milliseconds since 1970 as UTC, always of the same length, so that texts compare as times do."""
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:03d}Z"

@@ -8,7 +8,7 @@ top: it can be lost, given back, and settled late all the same. *At risk* is the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
@@ -17,7 +17,7 @@ from proxy.budget.amounts import WINDOWS, Row, Window
 from proxy.budget.clocks import DAY_MS, HOUR_MS, month_start
 from proxy.budget.estimate import Exposure
 from proxy.money import NANO, usd_text
-from proxy.store.base import Balance, Dimension, ScopeKind, Tally, UsageRow
+from proxy.store.base import Balance, ScopeKind
 
 _TOKENS: Final = "tokens_per_minute"
 
@@ -138,19 +138,6 @@ def gauges(reports: Iterable[ScopeReport]) -> tuple[dict[tuple[str, ...], float]
             if window.limit:
                 used[one.name, window.window] = window.spent / window.limit
     return used, reserved
-
-
-def usage_shown(rows: Iterable[UsageRow], by: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """Roll-ups as JSON, the dearest first."""
-    found = sorted(rows, key=lambda row: (-row.usage.nano_usd, row.dimensions))
-    return [
-        {
-            **dict(zip(by, row.dimensions, strict=True)),
-            **{name: getattr(row.usage, name) for name in Tally.__struct_fields__ if name != "nano_usd"},
-            "cost_usd": usd_text(row.usage.nano_usd),
-        }
-        for row in found
-    ]
 
 
 def by_tenant(reports: Iterable[ScopeReport], tenant: str) -> list[ScopeReport]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from proxy.money import LARGEST, nano_usd
-from proxy.settings import DAY_MS, Section
+from proxy.settings import DAY_MS, MadeFile, Section
 
 REFERENCE_TOKENS_PER_MINUTE: Final = 40_000
 REFERENCE_USD_PER_MINUTE: Final = Decimal("2.00")
@@ -144,6 +143,10 @@ class TierSettings(Section):
     """Output tokens."""
     reasoning: Usd | None = None
     """Output tokens of hidden reasoning; null: as output."""
+    audio_input: Usd | None = None
+    """Input tokens of audio; null: as input."""
+    audio_output: Usd | None = None
+    """Output tokens of audio; null: as output."""
 
 
 class PriceSettings(Section):
@@ -159,6 +162,10 @@ class PriceSettings(Section):
     """Output tokens; 0 for embeddings."""
     reasoning: Usd | None = None
     """Output tokens of hidden reasoning; null: as output."""
+    audio_input: Usd | None = None
+    """Input tokens of audio; null: as input."""
+    audio_output: Usd | None = None
+    """Output tokens of audio; null: as output."""
     request: Usd = Decimal(0)
     """USD of each request beside its tokens."""
     tiers: tuple[TierSettings, ...] = ()
@@ -186,7 +193,7 @@ class ModelFactsSettings(Section):
 class SinkSettings(Section):
     """Where settled requests are written."""
 
-    file: Path
+    file: MadeFile
     """File of JSON lines; it is made if it is not there, its directory is not."""
     max_bytes: int = Field(default=104_857_600, ge=65_536, le=2**40)
     """Size at which the file is renamed to FILE.1 and begun anew."""

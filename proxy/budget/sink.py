@@ -1,34 +1,57 @@
-"""The ledger as a file of JSON lines, and what a restarted process learns from it.
+"""The ledger as a file of JSON lines (`records.written`). What a restarted process learns from it: `restore`.
 
 A sink follows the store's outbox. Each line carries the outbox's own id, so that after a restart the last line says
 where to go on: nothing is written twice, and nothing is left out that the outbox still has. Of several processes with
-one file, the one that holds its lock writes, and the others stand by.
+one file, the one that holds its lock (FILE.lock) writes, and the others stand by.
 
 A file that has reached its size is renamed to FILE.1, FILE.1 to FILE.2, and so on; the oldest is removed. Writing is
-done in a thread, a batch at a time. A disk that is full is tried again: what the outbox keeps meanwhile is not lost.
+done in a thread, a batch at a time. What the system refuses is tried again until it succeeds: what the outbox keeps
+meanwhile is not lost, and no request waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from proxy.budget.clocks import DAY_MS, HOUR_MS, month_of, month_start
-from proxy.budget.records import Value, decoded
-from proxy.store.base import BudgetStore, Record, Remembered, Scope, StoreUnavailable
+from proxy.budget.records import written
+from proxy.observability.events import InternalFault, LedgerResumed, LedgerStalled, Notice
+from proxy.store.base import BudgetStore, Record, StoreUnavailable
 
 POLL_SECONDS: Final = 0.5
-BATCH: Final = 1000
+"""How far the file is behind, at most, as long as it can be written."""
+CLOSE_SECONDS: Final = 5.0
+"""What a disk that does not answer may add to the end of the process."""
+BATCH: Final = 250
 _TAIL_BYTES: Final = 65_536
+_ID: Final = re.compile(r"[0-9]{1,19}-[0-9]{1,20}", re.ASCII)
+_REASONS: Final = {
+    errno.ENOSPC: "full",
+    errno.EDQUOT: "full",
+    errno.ENOENT: "missing",
+    errno.ENOTDIR: "missing",
+    errno.EACCES: "forbidden",
+    errno.EPERM: "forbidden",
+    errno.EROFS: "forbidden",
+}
 
 _encode = msgspec.json.Encoder().encode
+
+
+class _Identified(msgspec.Struct):
+    outbox: str
+
+
+_identify = msgspec.json.Decoder(_Identified).decode
 
 
 class LedgerFile:
@@ -39,7 +62,11 @@ class LedgerFile:
         self._max_bytes = max_bytes
         self._keep = keep
         self._lock: int | None = None
-        self._size = 0
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The file and those that it was renamed to, the newest first."""
+        return (self.path, *(self._rotated(number) for number in range(1, self._keep + 1)))
 
     def acquire(self) -> bool:
         """Takes the lock of the file; False if another process has it. Raises OSError."""
@@ -63,7 +90,7 @@ class LedgerFile:
 
     def last_id(self) -> str:
         """The outbox id of the last complete line; empty where there is none. A torn last line is cut off."""
-        for path in (self.path, self._rotated(1)):
+        for path in self.paths[:2]:
             with suppress(FileNotFoundError):
                 found = self._last_id(path, repair=path is self.path)
                 if found:
@@ -79,20 +106,23 @@ class LedgerFile:
             complete = tail.rfind(b"\n") + 1
             if repair and complete < len(tail):
                 file.truncate(start + complete)
-                size = start + complete
-            if repair:
-                self._size = size
         for line in reversed(tail[:complete].splitlines()):
-            record = _line(line)
-            if record is not None and isinstance(found := record.get("outbox"), str):
-                return found
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                found = _identify(line).outbox
+                if _ID.fullmatch(found):
+                    return found
         return ""
 
     def append(self, records: Sequence[Record]) -> None:
         """Writes them all and asks the disk to keep them. Raises OSError; what was written of them is taken back."""
-        data = b"".join([_encode({"outbox": one.id, **decoded(one.fields)}) + b"\n" for one in records])
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        data = b"".join([_encode(written(one)) + b"\n" for one in records])
+        file = self._open()
         try:
+            if os.lseek(file, 0, os.SEEK_END) >= self._max_bytes:
+                os.close(file)
+                file = -1
+                self._rotate()
+                file = self._open()
             before = os.lseek(file, 0, os.SEEK_END)
             try:
                 view = memoryview(data)
@@ -103,55 +133,56 @@ class LedgerFile:
                 with suppress(OSError):
                     os.ftruncate(file, before)
                 raise
-            self._size = before + len(data)
         finally:
-            os.close(file)
-        if self._size >= self._max_bytes:
-            self._rotate()
+            if file >= 0:
+                os.close(file)
+
+    def _open(self) -> int:
+        # Not blocking: a pipe in the place of the file would hold the thread until somebody reads it.
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
 
     def _rotate(self) -> None:
         for number in range(self._keep, 0, -1):
             source = self.path if number == 1 else self._rotated(number - 1)
             with suppress(FileNotFoundError):
                 source.replace(self._rotated(number))
-        self._size = 0
 
     def _rotated(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
 
-    def lines(self, since_ms: int) -> Iterator[Mapping[str, Value]]:
-        """Every readable record of this file and those it was renamed to, unless a file is older than `since_ms`."""
-        for path in (self.path, *(self._rotated(number) for number in range(1, self._keep + 1))):
-            try:
-                if path.stat().st_mtime_ns // 1_000_000 < since_ms:
-                    continue
-                file = path.open("rb")
-            except FileNotFoundError:
-                continue
-            with file:
-                for line in file:
-                    if (record := _line(line)) is not None:
-                        yield record
-
-
-def _line(text: bytes) -> dict[str, Value] | None:
-    try:
-        record = msgspec.json.decode(text, type=dict[str, str | int | bool])
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return record
-
 
 class FileSink:
-    """Follows a store's outbox into a file. `aclose` writes what is still there."""
+    """Follows a store's outbox into a file. `aclose` writes what is still there.
 
-    def __init__(self, store: BudgetStore, file: LedgerFile, *, poll_seconds: float = POLL_SECONDS) -> None:
+    `shared`: other processes have the same outbox, so it is well if one of them holds the file. Without it the outbox
+    is this process's own and begins with it: all of it is new to the file.
+    `clock` reads seconds; `emit` is told once of each change of state.
+    """
+
+    def __init__(
+        self,
+        store: BudgetStore,
+        file: LedgerFile,
+        *,
+        shared: bool,
+        clock: Callable[[], float],
+        emit: Callable[[Notice], None],
+        poll_seconds: float = POLL_SECONDS,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> None:
         self.file = file
-        self.failures = 0
-        """Attempts to write that the system refused, since the last one that succeeded."""
         self._store = store
+        self._shared = shared
+        self._clock = clock
+        self._emit = emit
         self._poll = poll_seconds
+        self._close = close_seconds
         self._after: str | None = None
+        """The id of the last record that the file has; None: the file is not ours yet."""
+        self._doubtful: tuple[str, ...] = ()
+        """Ids of a batch of which the system refused a part."""
+        self._stalled: float | None = None
+        """Since when nothing is written."""
         self._task: asyncio.Task[None] | None = None
         self._working: asyncio.Task[None] | None = None
 
@@ -159,27 +190,31 @@ class FileSink:
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
     async def aclose(self) -> None:
+        """Call it when the last settlement is booked, and before the store is closed."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
-            with suppress(OSError, StoreUnavailable):
-                await self.drain()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._close):
+                    await self._turn()
         self.file.close()
 
     async def drain(self) -> int:
         """Writes what the outbox has. Returns how many records. Raises OSError and StoreUnavailable."""
-        written = 0
+        total = 0
         if self._working is not None:
             # Whoever was cancelled left a thread at work: what it does is not to be done again.
             await asyncio.gather(self._working, return_exceptions=True)
         if self._after is None:
             await self._work(self._begin())
+        elif self._doubtful:
+            await self._work(self._recover())
         while self._after is not None and (records := await self._store.outbox(self._after, BATCH)):
             await self._work(self._write(records))
-            written += len(records)
-        return written
+            total += len(records)
+        return total
 
     async def _work(self, step: Coroutine[Any, Any, None]) -> None:
         self._working = asyncio.get_running_loop().create_task(step)
@@ -187,55 +222,59 @@ class FileSink:
 
     async def _begin(self) -> None:
         if await asyncio.to_thread(self.file.acquire):
-            self._after = await asyncio.to_thread(self.file.last_id)
+            last = await asyncio.to_thread(self.file.last_id)
+            self._after = last if self._shared else ""
+
+    async def _recover(self) -> None:
+        last = await asyncio.to_thread(self.file.last_id)
+        if last in self._doubtful:
+            self._after = last
+        self._doubtful = ()
 
     async def _write(self, records: Sequence[Record]) -> None:
+        self._doubtful = tuple(one.id for one in records)
         await asyncio.to_thread(self.file.append, records)
+        self._doubtful = ()
         self._after = records[-1].id
 
     async def _follow(self) -> None:
         while True:
-            try:
-                await self.drain()
-                self.failures = 0
-            except OSError:
-                self.failures += 1
-            except StoreUnavailable:
-                pass  # Whoever asks it for budgets says so.
+            await self._turn()
             await asyncio.sleep(self._poll)
 
+    async def _turn(self) -> None:
+        try:
+            gap = self._stalled is not None and await self._has_gap()
+            await self.drain()
+        except OSError as error:
+            self._stall(_REASONS.get(error.errno or 0, "io"))
+        except StoreUnavailable:
+            pass  # Whoever asks it for budgets says so.
+        except Exception as fault:  # One record that nobody can write must not end the ledger in silence.
+            if self._stalled is None:
+                self._emit(InternalFault(where="writing the ledger", exc=fault))
+            self._stall("internal")
+        else:
+            if self._after is None and not self._shared:
+                self._stall("locked")
+            elif self._stalled is not None:
+                away = self._clock() - self._stalled
+                self._stalled = None
+                self._emit(LedgerResumed(file=str(self.file.path), away=away, gap=gap))
 
-def restored(records: Iterable[Mapping[str, Value]], scopes: Iterable[Scope], now_ms: int) -> list[Remembered]:
-    """What the records of a ledger say was spent in the hour, day and month that `now_ms` is in. Pure.
+    def _stall(self, reason: str) -> None:
+        if self._stalled is None:
+            self._stalled = self._clock()
+            self._emit(LedgerStalled(file=str(self.file.path), reason=reason))
 
-    Records of lost reservations name no scope; their cost is not in here. Lines that are none of ours count as nothing.
-    """
-    hour, day = now_ms // HOUR_MS, now_ms // DAY_MS
-    month = month_of(day)
-    begin = (hour * HOUR_MS, day * DAY_MS, month_start(month))
-    spent: dict[str, list[int]] = {}
-    for record in records:
-        at, nano = record.get("at"), record.get("nano_usd")
-        if not isinstance(at, int) or not isinstance(nano, int) or at < begin[2] or at > now_ms or nano < 0:
-            continue
-        for place in _places(record):
-            sums = spent.setdefault(place, [0, 0, 0])
-            for index in range(3):
-                if at >= begin[index]:
-                    sums[index] += nano
-    found = []
-    for scope in scopes:
-        hour_spent, day_spent, month_spent = spent.get(scope.place, (0, 0, 0))
-        found.append(Remembered(scope, (hour, day, month), (hour_spent, day_spent, month_spent)))
-    return found
+    async def _has_gap(self) -> bool:
+        """Whether the outbox may have dropped records that were never written."""
+        if not self._after:
+            return False
+        oldest = await self._store.outbox("", 1)
+        return bool(oldest) and _order(oldest[0].id) > _order(self._after)
 
 
-def _places(record: Mapping[str, Value]) -> list[str]:
-    tenant, key, provider = (str(record.get(name, "")) for name in ("tenant", "key", "provider"))
-    places = [Scope("global", "").place, Scope("tenant", tenant).place, Scope("provider", provider).place]
-    return [*places, Scope("key", f"{tenant}/{key}").place] if key else places
-
-
-def oldest_needed(now_ms: int) -> int:
-    """Where the month of `now_ms` begins: nothing before it matters to a window."""
-    return month_start(month_of(now_ms // DAY_MS))
+def _order(record_id: str) -> tuple[int, int]:
+    milliseconds, _, sequence = record_id.partition("-")
+    return int(milliseconds), int(sequence)

@@ -21,6 +21,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+from proxy.budget.counting import count
 from proxy.budget.cut import Head
 from proxy.budget.held import Attempt, Spent, added
 from proxy.budget.plan import Plan, Want
@@ -89,7 +90,7 @@ class Tab:
 
     def headers(self) -> Headers:
         """The `x-ratelimit-*` headers, as of the last answer of the store."""
-        return self._budget.rate_limits(self.policy)
+        return self._budget.admission.rate_limits(self.policy)
 
     # -- enter and leave ---------------------------------------------------------------------------------------------
 
@@ -218,7 +219,7 @@ class Tab:
         """What an attempt came to of which the provider said nothing; None: nothing."""
         if attempt.status >= 300 or isinstance(attempt.failed, ConnectFailed) or self.want.free:
             return None
-        await self._budget.count(self.want, attempt.plan.target)
+        await count(self._budget.counter, self.want, attempt.plan.target)
         given = self.want.input_tokens
         if attempt.status == 0:
             if attempt.failed is None:

@@ -116,6 +116,26 @@ def health(context: typer.Context) -> None:
 
 
 @app.command()
+def usage(
+    config: _ConfigFile,
+    since: Annotated[str, typer.Option(metavar="SPAN", help="How far back, in whole hours: 30m, 24h, 7d.")] = "24h",
+    by: Annotated[
+        str, typer.Option(metavar="LIST", help="Any of tenant, key, model, provider, tags, quality.")
+    ] = "tenant,model",
+    as_json: _Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="For a spreadsheet: a head and the rows.")] = False,
+    host: Annotated[str | None, typer.Option(help="Where the process listens, if not at listen.host.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Where it serves /admin, if not at the port of the file.")
+    ] = None,
+) -> None:
+    """Show what was used and what it cost. Reads Redis; with memory:// it asks the running process."""
+    from proxy.cli.usage import run
+
+    run(config, since, by, as_json=as_json, as_csv=as_csv, host=host, port=port)
+
+
+@app.command()
 def mock(
     host: _Host = "127.0.0.1",
     port: _Port = 8089,

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from typing import Final
 from urllib.parse import urlsplit
 
+from proxy.budget.settings import BudgetSettings, LimitSettings
+from proxy.config.problems import Path
 from proxy.config.references import Finding
 from proxy.config.settings import Settings
 from proxy.globs import matches
 from proxy.providers.settings import OpenAISettings
+
+_LONG: Final = ("usd_per_hour", "usd_per_day", "usd_per_month")
+FORGETS: Final = (
+    "is counted in memory alone, from zero after each restart: set state to a Redis, or let a ledger remember it, "
+    "such as: ledger: {sinks: [{file: ledger.jsonl}]}"
+)
 
 
 def warnings(settings: Settings) -> Iterator[Finding]:
@@ -21,6 +30,7 @@ def warnings(settings: Settings) -> Iterator[Finding]:
         if isinstance(provider, OpenAISettings):
             for key, message in _provider(provider):
                 yield ("providers", name, key), message
+    yield from _forgotten(settings)
     names = [model.name for model in settings.models]
     if any("*" in name for name in names):
         return
@@ -28,6 +38,24 @@ def warnings(settings: Settings) -> Iterator[Finding]:
         for position, glob in enumerate(tenant.models or ()):
             if not any(matches(glob, name) for name in names):
                 yield ("tenants", index, "models", position), "matches none of the configured models"
+
+
+def _forgotten(settings: Settings) -> Iterator[Finding]:
+    """Windows that outlive a process, in a store that does not."""
+    if settings.state.get_secret_value() != "memory://" or settings.ledger.sinks:
+        return
+    sections: list[tuple[Path, LimitSettings]] = [
+        (("providers", name, "limits"), provider.limits) for name, provider in settings.providers.items()
+    ]
+    sections += [(("tenants", index, "budget"), one.budget) for index, one in enumerate(settings.tenants) if one.budget]
+    sections += [(("global_budget",), settings.global_budget), (("budget",), settings.budget)]
+    for path, section in sections:
+        if isinstance(section, BudgetSettings) and section.mode == "off":
+            continue
+        for name in _LONG:
+            if getattr(section, name) is not None:
+                yield (*path, name), FORGETS
+                break
 
 
 def _provider(provider: OpenAISettings) -> Iterator[tuple[str, str]]:

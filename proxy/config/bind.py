@@ -30,6 +30,7 @@ _EXPECTED: dict[LeafType, str] = {
     "amount": "an amount in USD, such as 2.50",
     "boolean": "true or false",
     "path": "the path of a file",
+    "made path": "the path of a file",
 }
 _SWITCHES = dict.fromkeys(("on", "yes", "y", "1"), "true") | dict.fromkeys(("off", "no", "n", "0"), "false")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -133,9 +134,10 @@ class Binding:
             return None
         if (complaint := _complaint(value, scalar, shape)) is not None:
             return self._fault(node.place, path, complaint)
-        if shape.type == "path":
+        if shape.type in ("path", "made path"):
             directory = FilePath() if node.style == "raw" else self.directory
-            return self._file(directory / str(value), node.place, path)
+            find = self._file if shape.type == "path" else self._made_file
+            return find(directory / str(value), node.place, path)
         return value
 
     def _interpolated(self, scalar: Scalar, path: Path) -> Scalar | None:
@@ -154,6 +156,15 @@ class Binding:
         except OSError:  # a name too long, a directory that may not be searched
             found = False
         return name if found else self._fault(place, path, "no such file")
+
+    def _made_file(self, name: FilePath, place: Place, path: Path) -> object:
+        try:
+            if name.is_dir():
+                return self._fault(place, path, "is a directory: expected the path of a file")
+            found = name.parent.is_dir()
+        except OSError:
+            found = False
+        return name if found else self._fault(place, path, "its directory does not exist: make it first")
 
     def _secret_file(self, table: Table, path: Path) -> object:
         if list(table.nodes) != ["file"]:
@@ -192,7 +203,7 @@ def _switches_off(scalar: Scalar, shape: Shape) -> bool:
 def _typed(scalar: Scalar, shape: Leaf) -> object:
     if scalar.style == "quoted":
         return scalar.text
-    if scalar.style == "raw" and shape.type in ("text", "secret", "path"):
+    if scalar.style == "raw" and shape.type in ("text", "secret", "path", "made path"):
         return None if shape.nullable and scalar.text in scalars.NULLS else scalar.text
     return scalars.resolve(scalar.text)
 
@@ -200,7 +211,7 @@ def _typed(scalar: Scalar, shape: Leaf) -> object:
 def _complaint(value: object, scalar: Scalar, shape: Leaf) -> str | None:
     """What is wrong with a scalar's type. Never quotes the value: it may be a secret in the wrong place."""
     expected = f"expected {_EXPECTED[shape.type]}, got {scalars.kind(value)}"
-    if shape.type in ("text", "secret", "path"):
+    if shape.type in ("text", "secret", "path", "made path"):
         if value is None:
             return f"expected {_EXPECTED[shape.type]}, got nothing"
         if not isinstance(value, str):

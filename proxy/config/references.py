@@ -6,10 +6,13 @@ that could not be read at all is None, a single value an empty text. No message 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
+from proxy.budget.settings import LedgerSettings, SinkSettings
 from proxy.config.problems import Path, did_you_mean, render
 from proxy.edge.settings import AdminSettings, TenantSettings
 from proxy.providers.settings import OpenAISettings, ProviderSettings
@@ -25,6 +28,8 @@ _CLIENT_WITH_TENANTS = (
 _WITHOUT_KEYS = (
     "needs at least 1 key: only with a Redis as state can a tenant do with keys from `breakwater keys create` alone"
 )
+_BESIDE = re.compile(r"\.([0-9]+|lock)$")
+"""What a sink appends to its file's name."""
 
 Finding = tuple[Path, str]
 
@@ -34,6 +39,7 @@ def findings(
     models: Sequence[ModelSettings | None],
     tenants: Sequence[TenantSettings | None],
     admin: AdminSettings | None,
+    ledger: LedgerSettings | None,
     *,
     makes_keys: bool,
 ) -> Iterator[Finding]:
@@ -51,6 +57,7 @@ def findings(
         if tenant is not None and not tenant.keys and not makes_keys:
             yield ("tenants", index, "keys"), _WITHOUT_KEYS
     yield from _unique_keys(tenants, admin)
+    yield from _unique_files((ledger and ledger.sinks) or ())
 
 
 def _providers(providers: Mapping[str, ProviderSettings | None], with_tenants: bool) -> Iterator[Finding]:
@@ -89,3 +96,18 @@ def _unique_keys(tenants: Sequence[TenantSettings | None], admin: AdminSettings 
             value = key.get_secret_value()
             if value and (earlier := first.setdefault(value, path)) != path:
                 yield path, f"the same key stands in {render(earlier)}: each holder needs keys of its own"
+
+
+def _unique_files(sinks: Sequence[SinkSettings | None]) -> Iterator[Finding]:
+    """A file has one writer, and so have those that it is renamed to."""
+    first: dict[str, int] = {}
+    for index, sink in enumerate(sinks):
+        if sink is None or not isinstance(sink.file, FilePath):
+            continue
+        file = os.path.normpath(sink.file.absolute())
+        for other, earlier in first.items():
+            if file == other or _BESIDE.sub("", file) == other or _BESIDE.sub("", other) == file:
+                where = render(("ledger", "sinks", earlier, "file"))
+                yield ("ledger", "sinks", index, "file"), f"{where} writes this file, or renames its own to it"
+                break
+        first.setdefault(file, index)

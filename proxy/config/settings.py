@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
-from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LimitSettings, PriceSettings
+from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LedgerSettings, LimitSettings, PriceSettings
 from proxy.config.problems import render
 from proxy.config.references import findings
 from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
@@ -82,6 +82,8 @@ class Settings(Section):
     """What all tenants may spend together."""
     budget: BudgetSettings = Field(default_factory=lambda: UNWRITTEN)
     """What each tenant may spend. Written, it enforces; unwritten, it observes 40,000 tokens and 2 USD a minute."""
+    ledger: LedgerSettings = LedgerSettings()
+    """The record of what was spent."""
     observability: ObservabilitySettings = ObservabilitySettings()
     """Logs and metrics."""
 
@@ -111,6 +113,7 @@ class Settings(Section):
                 self.models,
                 self.tenants,
                 self.admin,
+                self.ledger,
                 makes_keys=self.state.get_secret_value() != MEMORY,
             )
         ]

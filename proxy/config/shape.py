@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-LeafType = Literal["text", "secret", "integer", "number", "amount", "boolean", "path"]
+from proxy.settings import Made
+
+LeafType = Literal["text", "secret", "integer", "number", "amount", "boolean", "path", "made path"]
 
 _LEAVES: dict[object, LeafType] = {
     str: "text",
@@ -85,6 +87,8 @@ def record(model: type[BaseModel]) -> Record:
 
 
 def _field(field: FieldInfo) -> Shape:
+    if any(isinstance(one, Made) for one in field.metadata):
+        return Leaf("made path")
     return _shape(field.annotation, field.discriminator)
 
 

@@ -59,7 +59,11 @@ def _of_leaves(values: Mapping[str, object], shape: Record, binding: Binding) ->
 
 def translated(error: ValidationError, path: Path, binding: Binding) -> list[Problem]:
     """Our own words for what pydantic found, less what only repeats another finding. Its texts can quote a value."""
-    details = [((*path, *detail["loc"]), detail) for detail in error.errors(include_url=False, include_input=False)]
+    details = [
+        (at, detail)
+        for detail in error.errors(include_url=False, include_input=False)
+        if (at := _written((*path, *detail["loc"]), binding)) is not None
+    ]
     faults = [*binding.bad, *(at for at, _ in details)]
     found: list[Problem] = []
     for at, detail in details:
@@ -69,6 +73,19 @@ def translated(error: ValidationError, path: Path, binding: Binding) -> list[Pro
         if not known and not follows:
             found.append(problem(binding.place(at), at, messages.describe(detail)))
     return found
+
+
+def _written(path: Path, binding: Binding) -> Path | None:
+    """A path as the file has it: where a section or a word may stand, pydantic puts in which of them it tried. None for
+    the word, which a section is not: the section's own faults are told."""
+    at: Path = ()
+    for step in path:
+        if isinstance(step, str) and "[" in step and (*at, step) not in binding.places:
+            if step.startswith("literal["):
+                return None
+        else:
+            at = (*at, step)
+    return at
 
 
 def _between(pieces: Pieces, wrong: list[Problem], binding: Binding) -> list[Problem]:
@@ -81,6 +98,7 @@ def _between(pieces: Pieces, wrong: list[Problem], binding: Binding) -> list[Pro
         pieces.get("models") or (),
         pieces.get("tenants") or (),
         pieces.get("admin"),
+        pieces.get("ledger"),
         makes_keys=pieces.get("state", MEMORY) != MEMORY,
     )
     return [

@@ -193,6 +193,40 @@ class SettlementsLost(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
+class LedgerStalled(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the ledger cannot be written. It is tried again; the store keeps the newest records meanwhile."""
+
+    event: ClassVar[str] = "ledger.stalled"
+
+    file: str
+    reason: str
+    """full: the disk or a quota. missing: the directory. forbidden: no permission, or a read-only file system. locked:
+    another process writes it. io: any other fault of the system. internal: a fault of ours."""
+
+
+class LedgerResumed(msgspec.Struct, frozen=True, kw_only=True):
+    """The file is written again, and everything that the store still had is in it."""
+
+    event: ClassVar[str] = "ledger.resumed"
+
+    file: str
+    away: float
+    gap: bool
+    """The store may have dropped records that never reached the file."""
+
+
+class LedgerRestored(msgspec.Struct, frozen=True, kw_only=True):
+    """The store began empty, and was told what the file knows of this hour, day and month."""
+
+    event: ClassVar[str] = "ledger.restored"
+
+    file: str
+    records: int
+    """Records of this month."""
+    complete: bool
+    """False: there was not enough time, or a file could not be read; windows may be below what was spent."""
+
+
 class ServerStarted(msgspec.Struct, frozen=True, kw_only=True):
     event: ClassVar[str] = "server.started"
 
@@ -246,6 +280,9 @@ Notice = (
     | OwnershipLost
     | StoreMisconfigured
     | SettlementsLost
+    | LedgerStalled
+    | LedgerResumed
+    | LedgerRestored
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

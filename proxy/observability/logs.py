@@ -21,6 +21,9 @@ from proxy.observability.events import (
     KeysFollowed,
     KeysLost,
     KeysStale,
+    LedgerRestored,
+    LedgerResumed,
+    LedgerStalled,
     Notice,
     OwnershipLost,
     RequestFinished,
@@ -137,7 +140,7 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
 
 _WARNINGS: Final = (
     RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, StoreMisconfigured, SettlementsLost,
-    KeysLost, KeysStale, OwnershipLost,
+    LedgerStalled, KeysLost, KeysStale, OwnershipLost,
 )  # fmt: skip
 
 
@@ -178,6 +181,10 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
         case KeysFollowed():
             return {"stale_ms": _ms(event.stale)}
+        case LedgerStalled() | LedgerRestored():
+            return msgspec.structs.asdict(event)
+        case LedgerResumed():
+            return {"file": event.file, "away_ms": _ms(event.away), "gap": event.gap}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
         case _:  # its own members, those that say something
@@ -237,6 +244,12 @@ class FriendlyLog:
                 self._print(_YELLOW, "store", text)
             case SettlementsLost():
                 self._print(_RED, "store", f"{event.count} settlements were lost with the process")
+            case LedgerStalled():
+                self._print(_RED, "ledger", f"cannot be written ({event.reason}): {event.file}")
+            case LedgerResumed():
+                self._print(_GREEN, "ledger", f"is written again after {event.away:.1f} s: {event.file}")
+            case LedgerRestored():
+                self._print(_GREY, "ledger", f"{event.records} records of this month were found in {event.file}")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

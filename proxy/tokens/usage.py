@@ -2,8 +2,9 @@
 
     where                          input               output              details
     OpenAI chat, completions,      prompt_tokens       completion_tokens   prompt_tokens_details.cached_tokens,
-      embeddings, compatibles                                              .cache_write_tokens,
-                                                                           completion_tokens_details.reasoning_tokens
+      embeddings, compatibles                                              .cache_write_tokens, .audio_tokens,
+                                                                           completion_tokens_details.reasoning_tokens,
+                                                                           .audio_tokens
     OpenAI Responses               input_tokens        output_tokens       input_tokens_details, output_tokens_details
     Anthropic                      input_tokens + both cache members       cache_read_input_tokens,
                                                                            cache_creation_input_tokens
@@ -38,6 +39,7 @@ class _Details(msgspec.Struct):
     cached_tokens: int | None = None
     cache_write_tokens: int | None = None
     reasoning_tokens: int | None = None
+    audio_tokens: int | None = None
 
 
 class _Wire(msgspec.Struct):
@@ -105,7 +107,16 @@ def _normalise(wire: _Wire) -> Usage | None:
     elif total is not None and total > given + made:
         made = total - given
     read = min(read, given)
-    return Usage(given, made, read, min(write, given - read), min(reasoning, made))
+    heard, spoken = _first(inner.audio_tokens) or 0, _first(outer.audio_tokens) or 0
+    return Usage(
+        given,
+        made,
+        read,
+        min(write, given - read),
+        min(reasoning, made),
+        input_audio=min(heard, given),
+        output_audio=min(spoken, made),
+    )
 
 
 _NO_DETAILS: Final = _Details()

@@ -79,10 +79,10 @@ async def test_a_fault_of_ours_has_it_too() -> None:
     def fails() -> int:
         raise RuntimeError("a text that nobody should see")
 
-    async def none(*_: Any) -> list[dict[str, Any]]:
+    async def none(*_: Any) -> Any:
         return []
 
-    app = create_admin(config_hash="h", effective=dict, in_flight=fails, budgets=none, usage=none, dimensions=())
+    app = create_admin(config_hash="h", effective=dict, in_flight=fails, budgets=none, usage=none, usage_csv=str)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as admin:
         answer = await admin.get("/admin/status")

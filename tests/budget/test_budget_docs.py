@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from proxy.budget.access import EXTEND_SECONDS, LEASE_MS, PROBE_SECONDS, QUEUED
+from proxy.budget.access import QUEUED
 from proxy.budget.estimate import DEFAULT_MOST, FIRST_GUESS, SAMPLES
+from proxy.budget.fleet import BEAT_SECONDS, LIFE_SECONDS
 from proxy.budget.settings import REFERENCE_TOKENS_PER_MINUTE, BudgetSettings, LimitSettings
+from proxy.budget.tender import EXTEND_SECONDS, LEASE_MS
 from proxy.budget.waiting import WAITING
 from proxy.budget.windows import RING_SECONDS
 from proxy.store.base import SEED_MS
@@ -35,8 +37,7 @@ def test_the_figures_are_those_of_the_code() -> None:
     for said in (
         f"a lease of {LEASE_MS // 1000} seconds",
         f"every {EXTEND_SECONDS:.0f} seconds, in one call",
-        f"and every {PROBE_SECONDS[1]:.0f} seconds at last",
-        f"{QUEUED:,} settlements at most",
+        f"Up to {QUEUED:,} settlements wait",
         f"{RING_SECONDS} buckets of one second",
         f"before there are {SAMPLES} of them, the client's maximum or {FIRST_GUESS} tokens",
         f"else {DEFAULT_MOST};",
@@ -44,10 +45,10 @@ def test_the_figures_are_those_of_the_code() -> None:
         f"observes {REFERENCE_TOKENS_PER_MINUTE:,} tokens",
     ):
         assert said in WORDS, said
-    assert PROBE_SECONDS[0] == 0.25
-    assert "after a quarter of a second at first" in WORDS
+    assert (BEAT_SECONDS, LIFE_SECONDS) == (1.0, 10.0)
+    assert "each process beats once a second, is given up after ten seconds of silence" in WORDS
     assert SEED_MS == 2000
-    assert "is told, within two seconds," in WORDS
+    assert "the store opens after two seconds" in WORDS
 
 
 def test_every_other_name_in_the_tables_is_a_key() -> None:

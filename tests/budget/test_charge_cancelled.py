@@ -157,7 +157,7 @@ async def check(scene: Scene, store: SlowStore) -> None:
     booked = Counter({known: sum(one != "already" for one in found) for known, found in store.outcomes.items()})
     assert all(count == 1 for count in booked.values()), "settled twice, or never"
     assert store.reserved <= booked.keys(), "held, and never settled"
-    for exposure in scene.budget.exposures.values():
+    for exposure in scene.budget.admission.exposures.values():
         assert (exposure.tokens, exposure.nano_usd, exposure.running) == (0, 0, 0)
 
 

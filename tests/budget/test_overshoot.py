@@ -60,7 +60,7 @@ class Crowd:
 
     async def _end(self, index: int) -> None:
         charge, usage = self.running.pop(index)
-        exposure = self.scene.budget.exposures.get("tenant:4:acme")
+        exposure = self.scene.budget.admission.exposures.get("tenant:4:acme")
         if exposure is not None:
             self.risk = max(self.risk, exposure.tokens)
         charge.see(usage_event(usage))
@@ -96,7 +96,7 @@ def test_adaptive_overspends_by_no_more_than_its_bound(seed: int, reply: list[in
             await crowd.scene.serve(usage=Usage(10, 20))
         crowd.scene.clock.pass_seconds(120)
         await crowd.run(600, want("a prompt of some words", max_tokens=8000), reply, parallel=60)
-        exposure = crowd.scene.budget.exposures["tenant:4:acme"]
+        exposure = crowd.scene.budget.admission.exposures["tenant:4:acme"]
         assert crowd.risk <= max(LIMIT, exposure.largest_tokens)
         assert crowd.highest <= LIMIT + max(LIMIT, exposure.largest_tokens)
 

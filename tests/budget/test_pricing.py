@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from itertools import pairwise
@@ -11,8 +12,9 @@ from itertools import pairwise
 import genai_prices
 import pytest
 from genai_prices.data_snapshot import get_snapshot
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from proxy.budget.library import GenaiPrices, rates_of
 from proxy.budget.pricing import (
@@ -27,10 +29,16 @@ from proxy.budget.pricing import (
     Tier,
     ceiling,
     cost,
+    facts_of,
     line_to_paste,
+    place_to_paste,
     unknown_refused,
     vendor_of,
 )
+from proxy.budget.pricing import rates_of as written_rates
+from proxy.budget.settings import PriceSettings
+from proxy.config.loader import load
+from proxy.config.problems import ConfigErrors
 from proxy.money import LARGEST, nano_usd, usd_text
 from proxy.types import Target, Usage
 
@@ -339,6 +347,72 @@ def test_what_an_unknown_price_does(policy: str, limited: bool, refused: bool) -
     assert unknown_refused(policy, usd_limited=limited) is refused  # type: ignore[arg-type]
 
 
-def test_the_line_to_paste_is_yaml() -> None:
-    line = line_to_paste(Target("openai", 'odd"name', "*"))
-    assert line == 'openai: {models: {"odd\\"name": {price: {input: USD, output: USD}}}}'
+PASTED = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.isprintable)
+
+
+@settings(max_examples=60, deadline=None)
+@example('odd"name')
+@example("back\\slash")
+@example("${HOME}")
+@example("ft:gpt-4o:acme::id")
+@given(PASTED)
+def test_the_line_to_paste_makes_the_price_known(tmp_path_factory: pytest.TempPathFactory, model: str) -> None:
+    target = Target("dear", model, "*")
+    line = line_to_paste(target)
+    assert place_to_paste(target) == "providers.dear.models"
+    for others in ("", "      other: {context_window: 5}\n"):
+        text = f"providers:\n  dear:\n    kind: openai\n    vendor: none\n    models:\n{others}      {line}\n"
+        file = tmp_path_factory.mktemp("pasted") / "config.yaml"
+        file.write_text(text)
+        with pytest.raises(ConfigErrors) as caught:
+            load(file, {})
+        assert all("expected an amount in USD" in one.message for one in caught.value.problems)
+        file.write_text(text.replace("input: USD, output: USD", "input: 2.50, output: 10"))
+        provider = load(file, {}).settings.providers["dear"]
+        account = Account(None, {name: facts_of(one) for name, one in provider.models.items()})
+        rates = PriceBook({"dear": account}, {}, NoLibrary(), lambda: 0.0).rates(target, "chat")
+        assert rates == Rates(2_500_000_000, 2_500_000_000, 2_500_000_000, 10**10, 10**10)
+
+
+# -- audio -----------------------------------------------------------------------------------------------------------
+
+
+@given(usages(), st.integers(0, 10**7), st.integers(0, 10**6), rate, rate)
+def test_audio_is_priced_as_audio_and_counted_once(usage: Usage, heard: int, spoken: int, dear: int, loud: int) -> None:
+    usage = structs.replace(usage, input_audio=min(heard, usage.input), output_audio=min(spoken, usage.output))
+    rates = replace(MINI, audio=(dear, loud))
+    plain = usage.input - usage.cache_read - usage.cache_write
+    audio = min(usage.input_audio, plain)
+    said = min(usage.output_audio, usage.output - usage.reasoning)
+    text = structs.replace(usage, input=usage.input - audio, output=usage.output - said, input_audio=0, output_audio=0)
+    due = exact(text, MINI) + (Decimal(audio) * dear + Decimal(said) * loud) / 1_000_000
+    assert cost(usage, rates) == min(int(due.to_integral_value(ROUND_CEILING)), LARGEST)
+    assert cost(usage, MINI) == cost(structs.replace(usage, input_audio=0, output_audio=0), rates)
+    assert ceiling(usage.input, usage.output, rates) >= cost(usage, rates)
+
+
+def test_audio_as_the_library_lists_it(library: GenaiPrices) -> None:
+    facts, _ = library.find("openai", "gpt-audio", "", NOW)
+    assert facts.rates is not None
+    assert facts.rates.audio == (32 * 10**9, 64 * 10**9)
+    usage = Usage(1000, 200, input_audio=600, output_audio=150)
+    model = next(one for one in library._vendors["openai"].models if one.id == "gpt-audio")
+    theirs = genai_prices.Usage(input_tokens=1000, output_tokens=200, input_audio_tokens=600, output_audio_tokens=150)
+    expected = model.get_prices(datetime.fromtimestamp(NOW, UTC)).calc_price(theirs)["total_price"]
+    assert cost(usage, facts.rates) == expected * 10**9
+
+
+def test_audio_as_it_is_written() -> None:
+    written = PriceSettings.model_validate({"input": 1, "output": 2, "audio_output": 5})
+    rates = written_rates(written)
+    assert rates.audio == (10**9, 5 * 10**9)
+    assert written_rates(PriceSettings.model_validate({"input": 1, "output": 2})).audio is None
+
+
+def test_a_price_of_requests_is_rounded_to_the_nearest() -> None:
+    listed = genai_prices.types.ModelPrice(
+        input_mtok=Decimal(1), output_mtok=Decimal(1), requests_kcount=Decimal("0.0000016")
+    )
+    rates = rates_of(listed)
+    assert rates is not None
+    assert rates.request == 2

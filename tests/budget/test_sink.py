@@ -1,4 +1,4 @@
-"""The ledger's file: nothing twice, nothing left out, whatever breaks; and the windows that a restart takes from it."""
+"""The ledger's file: nothing twice, nothing left out, whatever breaks, and one word for each change of state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import stat
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.budget.records import Line, decoded, entry_of
+from proxy.budget.records import Line, decoded, entry_of, time_text, written
 from proxy.budget.settings import BudgetSettings
-from proxy.budget.sink import FileSink, LedgerFile, oldest_needed, restored
-from proxy.store.base import Record, Scope
+from proxy.budget.sink import FileSink, LedgerFile
+from proxy.observability.events import InternalFault, LedgerResumed, LedgerStalled
+from proxy.store.base import BudgetStore, Record
+from proxy.store.memory import MemoryStore
 from proxy.types import Target, Usage
 from tests.budget.scene import TENANT, WALL_MS, Clock, Scene, usd
 
@@ -32,6 +36,21 @@ def ledger(path: Path, max_bytes: int = 2**30, keep: int = 3) -> LedgerFile:
     return LedgerFile(path, max_bytes=max_bytes, keep=keep)
 
 
+def sink_of(scene: Scene, file: LedgerFile, *, shared: bool = True, store: BudgetStore | None = None) -> FileSink:
+    loop = asyncio.get_running_loop()
+    return FileSink(
+        store or scene.store, file, shared=shared, clock=loop.time, emit=scene.events.append, poll_seconds=0.005
+    )
+
+
+async def until(scene: Scene, *kinds: type) -> list[Any]:
+    """The events of these kinds, once there is one of each."""
+    async with asyncio.timeout(5):
+        while not set(kinds) <= {type(event) for event in scene.events}:
+            await asyncio.sleep(0.002)
+    return [event for event in scene.events if isinstance(event, kinds)]
+
+
 def records(first: int, count: int) -> list[Record]:
     return [
         Record(f"{number}-0", ("id", f"{number:032x}", "nano_usd", str(number)))
@@ -45,29 +64,34 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 async def test_each_settled_attempt_becomes_one_line(tmp_path: Path) -> None:
     scene = Scene(BudgetSettings(usd_per_day=usd("1")))
-    sink = FileSink(scene.store, ledger(tmp_path / "ledger.jsonl"))
+    sink = sink_of(scene, ledger(tmp_path / "ledger.jsonl"))
     await scene.serve(usage=Usage(10, 5))
     await scene.serve(usage=Usage(20, 5, cache_read=8))
     assert await sink.drain() == 2
     assert await sink.drain() == 0
     first, second = lines(tmp_path / "ledger.jsonl")
     assert (first["tenant"], first["provider"], first["model"], first["estimated"]) == (TENANT, "alpha", "m", False)
-    assert (first["input"], first["output"], first["nano_usd"], first["at"]) == (10, 5, 20_000, WALL_MS)
-    assert (second["cache_read"], second["priced"], second["attempt"], second["status"]) == (8, True, 1, 200)
+    assert (first["input"], first["output"], first["cost_usd"]) == (10, 5, "0.00002")
+    assert first["time"] == "2026-01-15T00:00:00.000Z"
+    assert (second["cache_read"], second["attempt"], second["status"]) == (8, 1, 200)
+    assert list(first) == [
+        "outbox", "time", "id", "request_id", "tenant", "key", "model", "provider", "upstream_model", "tags", "input",
+        "output", "cache_read", "cache_write", "reasoning", "estimated", "status", "attempt", "cost_usd",
+    ]  # fmt: skip
     assert stat.S_IMODE((tmp_path / "ledger.jsonl").stat().st_mode) == 0o600
     await sink.aclose()
 
 
 async def test_a_restart_goes_on_after_the_last_line(tmp_path: Path) -> None:
     scene = Scene(BudgetSettings(usd_per_day=usd("1")))
-    first = FileSink(scene.store, ledger(tmp_path / "l"), poll_seconds=0.01)
+    first = sink_of(scene, ledger(tmp_path / "l"))
     first.start()
     await scene.serve()
     await first.aclose()
     await scene.serve()
     with (tmp_path / "l").open("ab") as file:
         file.write(b'{"outbox": "9999999999999-0", "torn')
-    second = FileSink(scene.store, ledger(tmp_path / "l"), poll_seconds=0.01)
+    second = sink_of(scene, ledger(tmp_path / "l"))
     second.start()
     await scene.serve()
     await second.aclose()
@@ -80,9 +104,9 @@ def test_a_full_file_is_renamed_and_the_oldest_leaves(tmp_path: Path) -> None:
         file.append(records(number, 2))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names in (["l", "l.1", "l.2"], ["l.1", "l.2"])
-    kept = [int(str(line["nano_usd"])) for line in file.lines(0)]
-    assert 39 in kept
-    assert 0 not in kept
+    kept = [line["id"] for path in file.paths if path.exists() for line in lines(path)]
+    assert f"{39:032x}" in kept
+    assert f"{0:032x}" not in kept
     assert ledger(tmp_path / "l").last_id() == "39-0"
     assert (tmp_path / "l.1").stat().st_size < 600
 
@@ -95,7 +119,7 @@ def test_an_empty_or_missing_file_begins_at_the_beginning(tmp_path: Path) -> Non
 
 async def test_of_two_processes_with_one_file_one_writes(tmp_path: Path) -> None:
     scene = Scene(BudgetSettings(usd_per_day=usd("1")))
-    one, two = FileSink(scene.store, ledger(tmp_path / "l")), FileSink(scene.store, ledger(tmp_path / "l"))
+    one, two = sink_of(scene, ledger(tmp_path / "l")), sink_of(scene, ledger(tmp_path / "l"))
     await scene.serve()
     assert (await one.drain(), await two.drain()) == (1, 0)
     await one.aclose()
@@ -105,32 +129,158 @@ async def test_of_two_processes_with_one_file_one_writes(tmp_path: Path) -> None
     assert len(lines(tmp_path / "l")) == 2
 
 
-async def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+async def test_a_full_disk_loses_nothing_and_is_said_once(tmp_path: Path) -> None:
     path = tmp_path / "l"
     scene = Scene(BudgetSettings(usd_per_day=usd("1")))
-    sink = FileSink(scene.store, ledger(path), poll_seconds=0.005)
+    sink = sink_of(scene, ledger(path))
     await scene.serve()
     await sink.drain()
-    path.unlink()
+    path.rename(tmp_path / "moved")
     path.symlink_to("/dev/full")
     await scene.serve()
     sink.start()
-    async with asyncio.timeout(5):
-        while sink.failures < 2:
-            await asyncio.sleep(0)
+    (stalled,) = await until(scene, LedgerStalled)
+    assert (stalled.file, stalled.reason) == (str(path), "full")
+    await asyncio.sleep(0.05)  # ten more attempts
     path.unlink()
-    async with asyncio.timeout(5):
-        while sink.failures:
-            await asyncio.sleep(0.005)
+    stalled, resumed = await until(scene, LedgerStalled, LedgerResumed)
+    assert not resumed.gap
     await sink.aclose()
     assert len(lines(path)) == 1
+
+
+async def test_a_directory_that_went_away_is_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    scene = Scene(BudgetSettings(usd_per_day=usd("1")))
+    sink = sink_of(scene, ledger(folder / "l"))
+    await scene.serve()
+    sink.start()
+    (stalled,) = await until(scene, LedgerStalled)
+    assert stalled.reason == "missing"
+    folder.mkdir()
+    await until(scene, LedgerResumed)
+    await sink.aclose()
+    assert len(lines(folder / "l")) == 1
+
+
+async def test_what_the_outbox_could_not_keep_is_said_to_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "l"
+    clock = Clock()
+    scene = Scene(BudgetSettings(usd_per_day=usd("1")), store=MemoryStore(clock=clock, records=3), clock=clock)
+    sink = sink_of(scene, ledger(path))
+    await scene.serve()
+    await sink.drain()
+    path.rename(tmp_path / "moved")
+    path.symlink_to("/dev/full")
+    sink.start()
+    await scene.serve()
+    await until(scene, LedgerStalled)
+    for _ in range(5):
+        await scene.serve()
+    path.unlink()
+    (resumed,) = [one for one in await until(scene, LedgerResumed) if isinstance(one, LedgerResumed)]
+    assert resumed.gap
+    await sink.aclose()
+    assert len(lines(path)) == 3
+
+
+class Refusing(LedgerFile):
+    """Writes a part of a batch and then fails, and cannot take the part back."""
+
+    refuse = False
+
+    def append(self, records: Sequence[Record]) -> None:
+        if self.refuse:
+            super().append(records[:2])
+            with self.path.open("ab") as file:
+                file.write(b'{"outbox": "17')
+            self.refuse = False
+            raise OSError(5, "no such luck")
+        super().append(records)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+async def test_a_batch_that_was_written_in_part_is_not_repeated(tmp_path: Path, shared: bool) -> None:
+    scene = Scene(BudgetSettings(usd_per_day=usd("1")))
+    file = Refusing(tmp_path / "l", max_bytes=2**30, keep=1)
+    sink = sink_of(scene, file, shared=shared)
+    await scene.serve()
+    await sink.drain()
+    file.refuse = True
+    for _ in range(4):
+        await scene.serve()
+    with pytest.raises(OSError, match="luck"):
+        await sink.drain()
+    await sink.drain()
+    await sink.aclose()
+    ids = [line["outbox"] for line in lines(tmp_path / "l")]
+    assert len(ids) == len(set(ids)) == 5
+
+
+async def test_a_clock_that_was_set_back_loses_no_record_of_a_memory_that_begins_anew(tmp_path: Path) -> None:
+    clock = Clock()
+    for turn in range(2):
+        scene = Scene(BudgetSettings(usd_per_day=usd("1")), clock=clock)
+        sink = sink_of(scene, ledger(tmp_path / "l"), shared=False)
+        await scene.serve()
+        assert await sink.drain() == 1
+        await sink.aclose()
+        clock.pass_seconds(-3600)
+        assert len(lines(tmp_path / "l")) == turn + 1
+
+
+async def test_a_memory_whose_file_another_process_holds_says_so_and_waits_for_it(tmp_path: Path) -> None:
+    one, two = (Scene(BudgetSettings(usd_per_day=usd("1"))) for _ in range(2))
+    first, second = (sink_of(scene, ledger(tmp_path / "l"), shared=False) for scene in (one, two))
+    await one.serve()
+    await two.serve()
+    assert await first.drain() == 1
+    second.start()
+    (stalled,) = await until(two, LedgerStalled)
+    assert stalled.reason == "locked"
+    await first.aclose()
+    await until(two, LedgerResumed)
+    await second.aclose()
+    assert len(lines(tmp_path / "l")) == 2
+
+
+async def test_a_fault_of_ours_is_reported_once_and_does_not_end_the_ledger(tmp_path: Path) -> None:
+    class Odd(LedgerFile):
+        odd = True
+
+        def append(self, records: Sequence[Record]) -> None:
+            if self.odd:
+                raise ValueError("odd")
+            super().append(records)
+
+    scene = Scene(BudgetSettings(usd_per_day=usd("1")))
+    file = Odd(tmp_path / "l", max_bytes=2**30, keep=1)
+    sink = sink_of(scene, file)
+    await scene.serve()
+    sink.start()
+    await until(scene, InternalFault, LedgerStalled)
+    await asyncio.sleep(0.05)  # ten more attempts
+    assert len([event for event in scene.events if isinstance(event, InternalFault)]) == 1
+    file.odd = False
+    await until(scene, LedgerResumed)
+    await sink.aclose()
+    assert len(lines(tmp_path / "l")) == 1
+
+
+def test_a_pipe_in_the_place_of_the_file_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "l")
+    file = ledger(tmp_path / "l")
+    assert file.acquire()
+    with pytest.raises(OSError, match="No such device"):
+        file.append(records(1, 1))
+    file.close()
 
 
 async def test_a_sink_that_is_closed_while_it_writes_writes_nothing_twice(tmp_path: Path) -> None:
     scene = Scene(BudgetSettings(usd_per_day=usd("1")))
     for turn in range(20):
         path = tmp_path / str(turn)
-        sink = FileSink(scene.store, ledger(path), poll_seconds=0.0)
+        sink = sink_of(scene, ledger(path))
         sink.start()
         await scene.serve()
         for _ in range(turn):
@@ -168,60 +318,17 @@ def test_any_record_can_be_decoded(fields: list[str]) -> None:
     assert len(decoded(fields)) <= len(fields) // 2
 
 
-# -- windows after a restart -----------------------------------------------------------------------------------------
-
-HOUR = 3_600_000
-SCOPES = (Scope("tenant", "t"), Scope("global", ""), Scope("key", "t/k"), Scope("provider", "p"), Scope("tenant", "u"))
-
-
-def paid(at: int, nano: int, tenant: str = "t", key: str = "") -> dict[str, Any]:
-    return {"at": at, "nano_usd": nano, "tenant": tenant, "key": key, "provider": "p"}
-
-
-def test_what_was_spent_is_found_again_window_by_window() -> None:
-    now = WALL_MS + 12 * HOUR + 5
-    found = restored(
-        [
-            paid(now - 1, 1),
-            paid(now - 2 * HOUR, 10, key="k"),
-            paid(now - 13 * HOUR, 100),
-            paid(now - 40 * 24 * HOUR, 1000),
-            paid(now + HOUR, 10_000),
-            {"at": now, "nano_usd": "x"},
-            {"lost": "id", "nano_usd": 5},
-        ],
-        SCOPES,
-        now,
-    )
-    by_place = {one.scope.place: one.spent for one in found}
-    assert by_place[SCOPES[0].place] == (1, 11, 111)
-    assert by_place[SCOPES[1].place] == (1, 11, 111)
-    assert by_place[SCOPES[2].place] == (0, 10, 10)
-    assert by_place[SCOPES[3].place] == (1, 11, 111)
-    assert by_place[SCOPES[4].place] == (0, 0, 0)
-    assert oldest_needed(now) <= now - 13 * HOUR
+@given(st.integers(0, 4_102_444_800_000), st.integers(0, 2**43), st.booleans())
+def test_a_line_has_a_time_in_utc_and_an_exact_price(at: int, nano: int, priced: bool) -> None:
+    fields = ("at", str(at), "nano_usd", str(nano if priced else 0), "priced", "1" if priced else "0")
+    line = written(Record("5-1", fields))
+    assert line["time"] == time_text(at)
+    assert len(time_text(at)) == 24
+    assert (None if line["cost_usd"] is None else Decimal(str(line["cost_usd"])) * 10**9) == (nano if priced else None)
+    assert set(line) == {"outbox", "time", "cost_usd"}
 
 
-async def test_a_restarted_process_knows_what_was_spent(tmp_path: Path) -> None:
-    section = BudgetSettings(usd_per_day=usd("1"))
-    clock = Clock()
-    before = Scene(section, clock=clock)
-    sink = FileSink(before.store, ledger(tmp_path / "l"))
-    for _ in range(3):
-        await before.serve(usage=Usage(100, 100))
-    await sink.drain()
-    await sink.aclose()
-    clock.pass_seconds(30)
-    after = Scene(section, clock=clock)
-    after.policies.of(TENANT)
-    file = ledger(tmp_path / "l")
-    await after.store.seed(restored(file.lines(oldest_needed(clock())), after.policies.scopes, clock()), 0)
-    assert (await after.row()).day_nano_usd == 3 * (100 * 1000 + 100 * 2000)
-
-
-def test_files_older_than_the_month_are_not_read(tmp_path: Path) -> None:
-    file = ledger(tmp_path / "l", max_bytes=100, keep=2)
-    file.append(records(1, 3))
-    os.utime(tmp_path / "l.1", (1000, 1000))
-    assert list(file.lines(WALL_MS)) == []
-    assert len(list(file.lines(0))) == 3
+def test_a_lost_reservation_has_the_time_of_the_store() -> None:
+    line = written(Record(f"{WALL_MS}-7", ("lost", "ab" * 16, "requests", "1", "tokens", "30", "nano_usd", "1500")))
+    assert line["time"] == "2026-01-15T00:00:00.000Z"
+    assert (line["lost"], line["tokens"], line["cost_usd"]) == ("ab" * 16, 30, "0.0000015")

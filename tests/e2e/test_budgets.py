@@ -101,7 +101,9 @@ async def test_an_unknown_price_is_refused_only_where_dollars_are_limited() -> N
     async with gateway(providers=config, budget={"usd_per_day": 1}) as running, client_of(running) as client:
         answer = await client.post("/chat/completions", json=asked)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_price_unknown")
-        assert 'dear: {models: {"x": {price: {input: USD, output: USD}}}}' in answer.json()["error"]["message"]
+        said = answer.json()["error"]["message"]
+        assert said.endswith('"x": {price: {input: USD, output: USD}}')
+        assert "Add this line under providers.dear.models" in said
     async with gateway(providers=config, budget={"tokens_per_minute": 10_000}) as running, client_of(running) as client:
         assert (await client.post("/chat/completions", json=asked)).status_code == 503  # it was sent
 

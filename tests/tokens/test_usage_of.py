@@ -219,3 +219,11 @@ def test_any_json_gives_counts_that_make_sense_or_none(value: Any) -> None:
 @given(st.binary(max_size=60))
 def test_any_bytes_are_survived(data: bytes) -> None:
     usage_of(data)
+
+
+def test_audio_is_part_of_what_holds_it() -> None:
+    told = (
+        b'{"prompt_tokens": 50, "completion_tokens": 20, "prompt_tokens_details": {"audio_tokens": 30, "x": 1},'
+        b' "completion_tokens_details": {"audio_tokens": 90}}'
+    )
+    assert usage_of(told) == Usage(50, 20, input_audio=30, output_audio=20)
