@@ -43,8 +43,8 @@ class SlowStore(MemoryStore):
     async def reserve(self, reservation: Reservation) -> Granted | Refused | Ended | Cold:
         await self._pause()
         verdict = await super().reserve(reservation)
-        if isinstance(verdict, Granted):
-            self.reserved.add(reservation.id)
+        if isinstance(verdict, Granted) and reservation.ask != Amounts():
+            self.reserved.add(reservation.id)  # one that asks for nothing only shows that the store is back
         await self._pause()
         self._lose()
         return verdict
