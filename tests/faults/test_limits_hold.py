@@ -1,0 +1,125 @@
+"""P1: a fleet never spends more than a limit, and lets nearly all of it be spent. By the provider's own ledger.
+
+Strict tenants: not a token more, but for one chunk of each stream that a client left (the provider may have sent it
+when we hung up). Adaptive ones: within the bound that the administration publishes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.faults.books import Books, agree, agree_with_the_provider, closed, metrics_add_up
+from tests.faults.fleet import LONG, STRICT, Fleet, fleet, limited, report
+from tests.faults.load import Demand, Job, Outcome
+
+pytestmark = [pytest.mark.anyio, pytest.mark.faults]
+
+PROCESSES = 4 if LONG else 2
+CONNECTIONS = 250 if LONG else 60
+SEEDS = range(3) if LONG else range(1)
+PROMPT = 10
+"""Tokens of the prompt that every job has."""
+OVER = 200
+"""By how many tokens the largest that an input can be is more than what it has."""
+CHUNK_TOKENS = 1
+
+STEADY = Job("bench-40", 40)
+STREAM = Job("bench-12-20", 12, stream=True)
+SHORT, HUGE = Job("bench-20", 8000), Job("bench-8000", 8000)
+
+
+def steady(limit: int, rng: random.Random) -> list[Job]:
+    return [STEADY] * (3 * limit // (STEADY.output + PROMPT))
+
+
+def streams_and_cancels(limit: int, rng: random.Random) -> list[Job]:
+    kinds = [STEADY, STREAM, replace(STREAM, leave_after=rng.randrange(2, 10))]
+    jobs: list[Job] = []
+    while sum(job.output + PROMPT for job in jobs) < 3 * limit:
+        jobs += [rng.choice(kinds) for _ in range(100)]
+    return jobs
+
+
+def bimodal_burst(limit: int, rng: random.Random) -> list[Job]:
+    """96 % small replies and 4 % huge ones; nobody can tell them apart before."""
+    jobs = [HUGE if rng.random() < 0.04 else SHORT for _ in range(3 * limit // 350)]
+    assert sum(job.output + PROMPT for job in jobs) > 2.5 * limit
+    return jobs
+
+
+MIXES = {"steady": steady, "streams": streams_and_cancels, "bimodal": bimodal_burst}
+SMALL = (800 if LONG else 100) * (40 + OVER)
+LIMITS = {"steady": SMALL, "streams": SMALL // 2, "bimodal": 50 * (HUGE.max_tokens + OVER)}
+LARGEST = {"steady": STEADY.max_tokens, "streams": STEADY.max_tokens, "bimodal": HUGE.max_tokens}
+
+
+@pytest.fixture(scope="module")
+def crowd(redis_binary: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    tenants = {}
+    for seed in SEEDS:
+        for name, limit in LIMITS.items():
+            assert limit >= 50 * (LARGEST[name] + OVER)
+            tenants[f"strict-{name}-{seed}"] = limited(limit, **STRICT)
+            tenants[f"adaptive-{name}-{seed}"] = limited(limit)
+    with fleet(tmp_path_factory.mktemp("fleet"), PROCESSES, tenants) as running:
+        yield running
+
+
+async def campaign(crowd: Fleet, tenant: str, jobs: list[Job]) -> tuple[Books, list[Outcome]]:
+    """Demands all of `jobs`, closes the books, and checks all that holds for every campaign."""
+    before, since = await crowd.metrics(), await crowd.mock.last_id()
+    demand = Demand(crowd, tenant, CONNECTIONS)
+    admitted = await demand.run(jobs, lambda: crowd.quiet(tenant))
+    assert {one.status for one in admitted} == {200}
+    assert {one.code for one in demand.outcomes if one.refused} == {"budget_exceeded"}
+    assert all(one.complete or one.left for one in admitted)
+    books = await closed(crowd, tenant, since)
+    agree(books)
+    assert len(books.records) == len(books.billed) == len(admitted)
+    await metrics_add_up(crowd, before, books, demand.outcomes, demand.refusals)
+    assert not crowd.events("store.degraded")
+    return books, admitted
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mix", MIXES)
+async def test_a_strict_budget_is_never_overspent_and_nearly_used_up(crowd: Fleet, mix: str, seed: int) -> None:
+    limit, tenant = LIMITS[mix], f"strict-{mix}-{seed}"
+    books, admitted = await campaign(crowd, tenant, MIXES[mix](limit, random.Random(seed)))
+    left = sum(one.left for one in admitted)
+    if left:
+        # What a client left is estimated from what it saw, and the provider may have sent a chunk more.
+        unseen = books.provider_tokens - books.spent_tokens
+        assert abs(unseen) <= left * CHUNK_TOKENS
+        assert len(books.of(estimated=True)) <= left
+    else:
+        agree_with_the_provider(books)
+    overshoot = max(books.provider_tokens - limit, 0)
+    report(f"P1 strict {mix}: tokens over the limit", len(admitted), overshoot, left * CHUNK_TOKENS)
+    report(f"P1 strict {mix}: admitted / limit", len(admitted), books.spent_tokens / limit, ">= 0.97")
+    assert books.spent_tokens <= limit
+    assert overshoot <= left * CHUNK_TOKENS
+    assert books.spent_tokens >= 0.97 * limit
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mix", MIXES)
+async def test_an_adaptive_budget_is_overspent_by_no_more_than_its_published_bound(
+    crowd: Fleet, mix: str, seed: int
+) -> None:
+    limit, tenant = LIMITS[mix], f"adaptive-{mix}-{seed}"
+    books, admitted = await campaign(crowd, tenant, MIXES[mix](limit, random.Random(seed)))
+    bound = 0
+    for process in range(len(crowd.alive)):
+        bound += (await crowd.budget(tenant, process))["windows"]["tokens_per_minute"]["bound"]
+    left = sum(one.left for one in admitted)
+    overshoot = max(books.provider_tokens - limit, 0)
+    report(f"P1 adaptive {mix}: tokens over the limit {limit}", len(admitted), overshoot, bound)
+    assert overshoot <= bound + left * CHUNK_TOKENS
+    assert books.spent_tokens >= 0.97 * limit
+    if not left:
+        agree_with_the_provider(books)
