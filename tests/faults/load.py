@@ -160,3 +160,67 @@ class Demand:
     def _wake(self, count: int, *, again: bool = True) -> None:
         for _ in range(min(count, len(self._waiting))):
             self._waiting.popleft().set_result(again)
+
+
+class Stream:
+    """An open loop: so many requests a second, whether or not the ones before were answered. So nothing hides."""
+
+    def __init__(self, fleet: Fleet, tenant: str, job: Job, per_second: int) -> None:
+        self._idle = {port: deque[Caller]() for port in fleet.ports}
+        self._tenant = tenant
+        self._job = job
+        self._gap = 1 / per_second
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = asyncio.Event()
+        self._pace: asyncio.Task[None] | None = None
+        self.outcomes: list[Outcome] = []
+
+    async def __aenter__(self) -> Stream:
+        self._pace = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._stopped.set()
+        assert self._pace is not None
+        await self._pace
+        await asyncio.gather(*self._tasks)
+        for callers in self._idle.values():
+            for caller in callers:
+                caller.close()
+
+    async def lasts(self, seconds: float) -> list[Outcome]:
+        """The outcomes of all that is asked within the next `seconds`, once they are there."""
+        loop = asyncio.get_running_loop()
+        first, began = len(self.outcomes), time.perf_counter()
+        end = loop.time() + seconds
+        while loop.time() < end:
+            await asyncio.sleep(min(0.05, seconds))
+        asked = time.perf_counter()
+        pending = set(self._tasks)
+        if pending:
+            await asyncio.wait(pending)
+        return [one for one in self.outcomes[first:] if began <= one.began <= asked]
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        ports = itertools.cycle(self._idle)
+        while not self._stopped.is_set():
+            task = loop.create_task(self._one(next(ports)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            due += self._gap
+            if due > loop.time():
+                await asyncio.sleep(due - loop.time())
+
+    async def _one(self, port: int) -> None:
+        idle = self._idle[port]
+        caller = idle.pop() if idle else Caller(port, self._tenant)
+        self.outcomes.append(await caller.ask(self._job))
+        idle.append(caller)
+
+
+def quantile(outcomes: Sequence[Outcome], of_hundred: int) -> float:
+    """Milliseconds that so many of a hundred did not exceed."""
+    found = sorted(one.seconds for one in outcomes)
+    return found[min(len(found) * of_hundred // 100, len(found) - 1)] * 1000

@@ -15,6 +15,7 @@ import pytest
 from tests.faults.books import Books, agree, agree_with_the_provider, closed, metrics_add_up
 from tests.faults.fleet import LONG, STRICT, Fleet, fleet, limited, report
 from tests.faults.load import Demand, Job, Outcome
+from tests.redis_server import running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.faults]
 
@@ -23,12 +24,12 @@ CONNECTIONS = 250 if LONG else 60
 SEEDS = range(3) if LONG else range(1)
 PROMPT = 10
 """Tokens of the prompt that every job has."""
-OVER = 200
+OVER = 150
 """By how many tokens the largest that an input can be is more than what it has."""
 CHUNK_TOKENS = 1
 
 STEADY = Job("bench-40", 40)
-STREAM = Job("bench-12-20", 12, stream=True)
+STREAM = Job("bench-12-30", 12, stream=True)
 SHORT, HUGE = Job("bench-20", 8000), Job("bench-8000", 8000)
 
 
@@ -52,8 +53,8 @@ def bimodal_burst(limit: int, rng: random.Random) -> list[Job]:
 
 
 MIXES = {"steady": steady, "streams": streams_and_cancels, "bimodal": bimodal_burst}
-SMALL = (800 if LONG else 100) * (40 + OVER)
-LIMITS = {"steady": SMALL, "streams": SMALL // 2, "bimodal": 50 * (HUGE.max_tokens + OVER)}
+SMALL = (1000 if LONG else 100) * (40 + OVER)
+LIMITS = {"steady": SMALL, "streams": 50 * (40 + OVER) * (10 if LONG else 1), "bimodal": 50 * (HUGE.max_tokens + OVER)}
 LARGEST = {"steady": STEADY.max_tokens, "streams": STEADY.max_tokens, "bimodal": HUGE.max_tokens}
 
 
@@ -65,8 +66,8 @@ def crowd(redis_binary: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
             assert limit >= 50 * (LARGEST[name] + OVER)
             tenants[f"strict-{name}-{seed}"] = limited(limit, **STRICT)
             tenants[f"adaptive-{name}-{seed}"] = limited(limit)
-    with fleet(tmp_path_factory.mktemp("fleet"), PROCESSES, tenants) as running:
-        yield running
+    with running(tmp_path_factory.mktemp("redis")) as server, fleet(server, PROCESSES, tenants) as crowd:
+        yield crowd
 
 
 async def campaign(crowd: Fleet, tenant: str, jobs: list[Job]) -> tuple[Books, list[Outcome]]:
