@@ -133,9 +133,9 @@ class Fleet:
         assert answer.status_code == 200, answer.text
         return dict(answer.json()[0])
 
-    async def is_quiet(self, tenant: str) -> bool:
-        """Nothing of this tenant is in flight or reserved, and no settlement is under way."""
-        answer = await self.admin(f"/admin/budgets/{tenant}")
+    async def is_quiet(self, tenant: str, process: int = 0) -> bool:
+        """Nothing of this tenant is reserved."""
+        answer = await self.admin(f"/admin/budgets/{tenant}", process)
         return answer.status_code == 200 and answer.json()[0]["live"] == 0
 
     async def quiet(self, tenant: str) -> dict[str, Any]:
@@ -211,9 +211,7 @@ def fleet(
         assert not errors, errors[:5]
 
 
-def _config(
-    state: str, origin: str, tenants: Mapping[str, Mapping[str, Any]], timeout_ms: int
-) -> dict[str, Any]:
+def _config(state: str, origin: str, tenants: Mapping[str, Mapping[str, Any]], timeout_ms: int) -> dict[str, Any]:
     facts = {"price": {"input": 1, "output": 1}, "context_window": 128_000, "max_output_tokens": 8_000}
     provider = {
         "kind": "openai",

@@ -76,7 +76,9 @@ class Caller:
         members: dict[str, object] = {} if job.max_tokens is None else {"max_tokens": job.max_tokens}
         if job.stream:
             members["stream"] = True
-        client.ask(job.model, headers={"authorization": f"Bearer {key_of(self._tenant)}", "x-request-id": name}, **members)
+        client.ask(
+            job.model, headers={"authorization": f"Bearer {key_of(self._tenant)}", "x-request-id": name}, **members
+        )
         status, headers = await client.head()
         degraded = "x-breakwater-degraded" in headers
         if status == 200 and job.leave_after is not None:
@@ -97,6 +99,15 @@ class Caller:
         if self._client is not None:
             self._client.close()
             self._client = None
+
+
+async def ask_once(port: int, tenant: str, job: Job) -> Outcome:
+    """On a connection of its own."""
+    caller = Caller(port, tenant)
+    try:
+        return await caller.ask(job)
+    finally:
+        caller.close()
 
 
 @dataclass
