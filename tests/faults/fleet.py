@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -46,7 +47,7 @@ def key_of(tenant: str) -> str:
 
 
 def limited(tokens: int, **more: Any) -> dict[str, Any]:
-    """A budget of so many tokens in a minute, and of their price in a month: for long campaigns the second one holds."""
+    """A budget of so many tokens in a minute, and of their price in a month, which holds however long it takes."""
     return {"tokens_per_minute": tokens, "usd_per_month": tokens * NANO_PER_TOKEN / 1e9, **more}
 
 
@@ -76,10 +77,12 @@ class MockProcess:
     """`breakwater mock`, with its books."""
 
     def __init__(self) -> None:
-        self._log = tempfile.TemporaryFile("w+b")
-        self.process = subprocess.Popen(
-            [*PROGRAM, "mock", "--port", "0"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log
-        )
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = Path(self._folder.name) / "log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*PROGRAM, "mock", "--port", "0"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
+            )
         self.origin = ""
 
     def wait_until_ready(self) -> None:
@@ -87,9 +90,8 @@ class MockProcess:
         while not self.origin:
             assert self.process.poll() is None, "the mock did not start"
             assert time.monotonic() < deadline, "the mock did not start"
-            self._log.seek(0)
-            if found := re.search(rb"(http://\S+)/v1 ", self._log.read()):
-                self.origin = found[1].decode()
+            if found := re.search(r"(http://\S+)/v1 ", self._log.read_text()):
+                self.origin = found[1]
             time.sleep(0.02)
 
     async def entries(self, since: int = 0) -> list[dict[str, Any]]:
@@ -105,7 +107,7 @@ class MockProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        self._log.close()
+        self._folder.cleanup()
 
 
 @dataclass

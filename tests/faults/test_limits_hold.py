@@ -6,7 +6,9 @@ when we hung up). Adaptive ones: within the bound that the administration publis
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +16,7 @@ import pytest
 
 from tests.faults.books import Books, agree, agree_with_the_provider, closed, metrics_add_up
 from tests.faults.fleet import LONG, STRICT, Fleet, fleet, limited, report
-from tests.faults.load import Demand, Job, Outcome
+from tests.faults.load import Demand, Job, Outcome, ask_once
 from tests.redis_server import running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.faults]
@@ -52,6 +54,10 @@ def bimodal_burst(limit: int, rng: random.Random) -> list[Job]:
     return jobs
 
 
+PARALLEL = 500 if LONG else 60
+PAUSING = Job("bench-40-20", 300)
+"""Two seconds: all are on their way at once."""
+
 MIXES = {"steady": steady, "streams": streams_and_cancels, "bimodal": bimodal_burst}
 SMALL = (1000 if LONG else 100) * (40 + OVER)
 LIMITS = {"steady": SMALL, "streams": 50 * (40 + OVER) * (10 if LONG else 1), "bimodal": 50 * (HUGE.max_tokens + OVER)}
@@ -66,6 +72,9 @@ def crowd(redis_binary: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
             assert limit >= 50 * (LARGEST[name] + OVER)
             tenants[f"strict-{name}-{seed}"] = limited(limit, **STRICT)
             tenants[f"adaptive-{name}-{seed}"] = limited(limit)
+    for name, budget in (("strict", STRICT), ("adaptive", {})):
+        for times in (PARALLEL, PARALLEL // 2):
+            tenants[f"{name}-{times}"] = limited(times * (PAUSING.max_tokens + OVER), **budget)
     with running(tmp_path_factory.mktemp("redis")) as server, fleet(server, PROCESSES, tenants) as crowd:
         yield crowd
 
@@ -124,3 +133,22 @@ async def test_an_adaptive_budget_is_overspent_by_no_more_than_its_published_bou
     assert books.spent_tokens >= 0.97 * limit
     if not left:
         agree_with_the_provider(books)
+
+
+@pytest.mark.parametrize("name", ["strict", "adaptive"])
+async def test_requests_at_once_are_all_admitted_where_their_maxima_fit_and_else_refused_with_429(
+    crowd: Fleet, name: str
+) -> None:
+    """At $0 spent; and never 400, for each of them alone would fit."""
+    for times in (PARALLEL, PARALLEL // 2):
+        tenant = f"{name}-{times}"
+        ports = [port for port in crowd.ports for _ in range(PARALLEL // PROCESSES)]
+        outcomes = await asyncio.gather(*(ask_once(port, tenant, PAUSING) for port in ports))
+        counts = Counter(one.status for one in outcomes)
+        report(f"P1 {name}: refused of {PARALLEL} at once, with room for {times} maxima", PARALLEL, counts[429], "")
+        assert counts.keys() <= {200, 429}
+        if times == PARALLEL:
+            assert counts[429] == 0
+        else:
+            assert counts[200] >= times
+            assert counts[429] > 0

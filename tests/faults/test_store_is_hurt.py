@@ -1,7 +1,7 @@
 """P5, P6: whatever becomes of Redis, requests go on, nothing is billed twice, and nothing is lost.
 
-The fleet runs with the store timeout that it has in production. Budgets are far from full, except where it is said: what
-is asked here is whether the books agree with the provider's when the store is well again.
+The fleet runs with the store timeout that it has in production. Budgets are far from full, except where it is said:
+what is asked here is whether the books agree with the provider's when the store is well again.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import asyncio
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.faults.books import Books, agree, agree_with_the_provider, closed
 from tests.faults.fleet import LONG, STRICT, Fleet, fleet, limited, report, until
-from tests.faults.load import Demand, Job, Outcome, Stream, quantile
+from tests.faults.load import Demand, Job, Outcome, Stream, ask_once, quantile
 from tests.redis_server import RedisServer, running
 from tests.store.faults import TcpProxy
 
@@ -26,6 +27,10 @@ PROCESSES = 4 if LONG else 2
 PER_SECOND = 100 if LONG else 60
 PLENTY = 100_000_000
 TENANT = "acme"
+AT_ONCE = 20
+LASTING = Job("bench-400-60", 400, stream=True)
+"""Seven seconds: longer than an empty store collects what processes remember."""
+TIGHT = AT_ONCE * (400 + 150)
 JOB = Job("bench-20", 100)
 ADDED_MS = 60
 BUSY_MS = 0 if LONG else 100
@@ -40,8 +45,8 @@ def server(redis_binary: object, tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def hurt(server: RedisServer) -> Iterator[Fleet]:
-    spent = limited(1000, **STRICT)
-    with fleet(server, PROCESSES, {TENANT: limited(PLENTY), "spent": spent}, timeout_ms=50) as found:
+    tenants = {TENANT: limited(PLENTY), "spent": limited(1000, **STRICT), "tight": limited(TIGHT, **STRICT)}
+    with fleet(server, PROCESSES, tenants, timeout_ms=50) as found:
         yield found
 
 
@@ -114,6 +119,32 @@ async def test_a_store_that_comes_back_empty_is_told_what_was_spent(hurt: Fleet)
     assert set(Counter(one["id"] for one in books.records).values()) == {1}
     assert sum(row["requests"] for row in books.usage) == len(books.records) < len(books.billed)
     report("P5 Redis restarts empty: tokens lost or billed twice", len(load.outcomes), 0, 0)
+
+
+async def test_an_empty_store_opens_a_strict_budget_for_no_more_than_what_was_running(hurt: Fleet) -> None:
+    """What was spent is remembered; what was reserved is lost with the store, and its requests still take it."""
+    await hurt.quiet("tight")  # the store is open, and every process knows its way
+    since = await hurt.mock.last_id()
+    crowd = [ask_once(port, "tight", LASTING) for port in hurt.ports for _ in range(AT_ONCE // PROCESSES)]
+    lasting = asyncio.gather(*crowd)
+    await until(lambda: all_reserved(hurt), "the budget to be all reserved")
+    hurt.redis.stop()
+    hurt.redis.start()
+    await recovered(hurt)
+    more = Demand(hurt, "tight", 4)
+    admitted = await more.run([replace(LASTING, model="bench-400")] * AT_ONCE, lambda: asyncio.sleep(0))
+    assert not lasting.done()
+    assert {one.status for one in await lasting} == {200}
+    books = await closed(hurt, "tight", since)
+    assert len(books.billed) == AT_ONCE + len(admitted)
+    assert books.spent_tokens == books.provider_tokens
+    overshoot, bound = max(books.provider_tokens - TIGHT, 0), AT_ONCE * (LASTING.output + 10)
+    report("P5 Redis restarts empty: tokens over a strict limit", len(books.billed), overshoot, bound)
+    assert overshoot <= bound
+
+
+async def all_reserved(hurt: Fleet) -> bool:
+    return bool((await hurt.budget("tight"))["live"] == AT_ONCE)
 
 
 async def full_still(hurt: Fleet) -> Counter[int]:
