@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import redis
 
-from proxy.budget.access import LEASE_MS
 from tests.faults.books import Books, Served, agree, closed
 from tests.faults.fleet import LONG, STRICT, Fleet, fleet, limited, report, until
 from tests.faults.load import Job, Outcome, ask_once
@@ -32,6 +31,8 @@ TENANTS = {"charged": limited(PLENTY, **STRICT), "refunded": limited(PLENTY, **S
 JOB = Job("bench-40-20", 100, stream=True)
 """Two seconds: all of them are on their way when a process dies."""
 LEASES = b"{bw:0}leases"
+LEASE_MS = 30_000
+"""As the docs say."""
 
 
 @pytest.fixture
