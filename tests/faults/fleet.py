@@ -129,6 +129,15 @@ class Fleet:
         async with httpx2.AsyncClient(headers=headers, timeout=PATIENCE, trust_env=False) as client:
             return await client.get(f"{self.alive[process].url}{path}", params=query)
 
+    async def opened(self) -> None:
+        """Every process has reached its store, and saw every scope: what it may go by when the store is away."""
+
+        async def answers(process: int) -> bool:
+            return (await self.admin("/admin/budgets", process)).status_code == 200
+
+        for process in range(len(self.alive)):
+            await until(lambda number=process: answers(number), "the store to be reached")
+
     async def budget(self, tenant: str, process: int = 0) -> dict[str, Any]:
         """The tenant's own scope, as `/admin/budgets` shows it."""
         answer = await self.admin(f"/admin/budgets/{tenant}", process)

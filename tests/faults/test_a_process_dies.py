@@ -48,6 +48,7 @@ async def ask_all(found: Fleet, tenant: str) -> list[Outcome]:
 
 async def all_on_their_way(found: Fleet, leases: redis.Redis) -> tuple[int, dict[str, asyncio.Task[list[Outcome]]]]:
     """Where the provider's ledger stands, and requests of both tenants at every process, all of them reserved."""
+    await found.opened()
     for tenant in TENANTS:  # the store is open, and every process knows its way
         await asyncio.gather(*(ask_once(port, tenant, replace(JOB, model="bench-1")) for port in found.ports))
         await found.quiet(tenant)

@@ -97,6 +97,7 @@ def crowd(redis_binary: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 async def campaign(crowd: Fleet, tenant: str, jobs: list[Job]) -> tuple[Books, list[Outcome]]:
     """Demands all of `jobs`, closes the books, and checks all that holds for every campaign."""
+    await crowd.opened()
     before, since = await crowd.metrics(), await crowd.mock.last_id()
     demand = Demand(crowd, tenant, CONNECTIONS)
     if brief := [job for job in jobs if job is SHORT and LASTING in jobs]:
@@ -159,6 +160,7 @@ async def test_requests_at_once_are_all_admitted_where_their_maxima_fit_and_else
     crowd: Fleet, name: str
 ) -> None:
     """At $0 spent; and never 400, for each of them alone would fit."""
+    await crowd.opened()
     for times in (PARALLEL, PARALLEL // 2):
         tenant = f"{name}-{times}"
         ports = [port for port in crowd.ports for _ in range(PARALLEL // PROCESSES)]

@@ -32,6 +32,7 @@ def two(redis_binary: object, tmp_path: Path) -> Iterator[Fleet]:
 
 
 async def test_a_flood_of_one_tenant_refuses_and_delays_nobody_else(two: Fleet) -> None:
+    await two.opened()
     seconds = 20.0 if LONG else 2.0
     async with Stream(two, "steady", JOB, STEADY_A_SECOND) as steady:
         await steady.lasts(1.0)
