@@ -54,10 +54,26 @@ def limited(tokens: int, **more: Any) -> dict[str, Any]:
 STRICT = {"estimate": "max", "on_overrun": "cut"}
 
 
+_said: list[Callable[[str], None]] = []
+"""Where the lines of the test that runs go."""
+
+
+@contextlib.contextmanager
+def reporting(say: Callable[[str], None]) -> Iterator[None]:
+    _said.append(say)
+    try:
+        yield
+    finally:
+        _said.remove(say)
+
+
 def report(promise: str, count: int, observed: object, bound: object) -> None:
-    """One line a campaign. Of a count that stayed 0, the rule of three says how rare it may be all the same."""
+    """One line a figure. Of a count that stayed 0, the rule of three says how rare it may be all the same."""
     rare = f" (95 % sure: below {3 / count:.1e} each)" if observed == 0 and count else ""
-    print(f"\n  {promise}: N={count} observed={observed}{rare} bound={bound}")
+    line = f"{promise}: N={count} observed={observed}{rare} bound={bound}"
+    print(line)
+    for say in _said:
+        say(line)
 
 
 async def until(true: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:

@@ -81,11 +81,14 @@ async def test_what_a_killed_process_had_reserved_is_charged_by_policy_and_nothi
             assert held["windows"]["tokens_per_minute"]["reserved"] >= AT_ONCE * JOB.max_tokens
         if not LONG:
             let_leases_run_out(leases)
+        for tenant in TENANTS:
+            await found.quiet(tenant)
         books = {tenant: await closed(found, tenant, since) for tenant in TENANTS}
         seconds = time.monotonic() - died
         check_lost(books)
         report("P4 kill -9: reservations held after the lease", lost, int(leases.zcard(LEASES)), 0)
         report("P4 kill -9: seconds until all was charged", lost, round(seconds, 1), LEASE_MS / 1000 + 5)
+        assert not leases.zcard(LEASES)
         assert seconds <= LEASE_MS / 1000 + 5
 
 
