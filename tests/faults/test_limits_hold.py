@@ -64,7 +64,7 @@ PAUSING = Job("bench-40-20", 300)
 def turning(limit: int, rng: random.Random) -> list[Job]:
     """Brief for as long as it takes to be known as brief; then every reply is huge, and all of them at once."""
     brief = [SHORT] * 60 * PROCESSES
-    return [*brief, *[LASTING] * (3 * limit // (LASTING.output + PROMPT))]
+    return [*brief, *[LASTING] * max(3 * limit // (LASTING.output + PROMPT), 2 * CONNECTIONS * PROCESSES)]
 
 
 MIXES = {"steady": steady, "streams": streams_and_cancels, "bimodal": bimodal_burst}
