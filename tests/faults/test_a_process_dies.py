@@ -110,8 +110,8 @@ def check_lost(books: dict[str, Books]) -> None:
     unsettled = Counter(books["charged"].billed)
     unsettled.subtract(own_figures)
     assert min(unsettled.values()) >= 0
-    assert unsettled.total() == len(lost)
-    assert max(given + made for given, made in +unsettled) <= ask
+    assert unsettled.total() <= len(lost)  # some had been reserved, and not been sent yet
+    assert max((given + made for given, made in +unsettled), default=0) <= ask
 
 
 async def test_a_process_that_only_slept_corrects_what_it_was_charged_once(server: RedisServer) -> None:
