@@ -81,14 +81,14 @@ async def test_a_store_that_hangs_adds_its_timeout_and_loses_nothing(hasty: Flee
     await hasty.opened()
     async with Stream(hasty, TENANT, JOB, PER_SECOND) as load:
         await load.lasts(1.0)  # connections, scripts, the first figures of the scope
-        calm = await load.lasts(10.0 if LONG else 2.0)
+        calm = await load.lasts(10.0 if LONG else 1.5)
         hasty.redis.signal(signal.SIGSTOP)
         try:
             stopped = await load.lasts(10.0 if LONG else 2.0)
         finally:
             hasty.redis.signal(signal.SIGCONT)
         await recovered(hasty)
-        again = await load.lasts(1.0)
+        again = await load.lasts(0.5)
     all_served(load.outcomes)
     assert any(one.degraded for one in stopped)
     assert not all(one.degraded for one in again)
@@ -111,12 +111,12 @@ async def test_a_store_that_comes_back_empty_is_told_what_was_spent(hurt: Fleet)
     before = (await hurt.budget("spent"))["windows"]["usd_per_month"]["spent"]
     since, resets = await hurt.mock.last_id(), len(hurt.events("store.reset"))
     async with Stream(hurt, TENANT, JOB, PER_SECOND) as load:
-        await load.lasts(2.0)
-        hurt.redis.stop()
         await load.lasts(1.0)
+        hurt.redis.stop()
+        await load.lasts(0.5)
         hurt.redis.start()
         await recovered(hurt)
-        reset = await load.lasts(2.0)
+        reset = await load.lasts(1.0)
         refused = await full_still(hurt)
     all_served(load.outcomes)
     assert not all(one.degraded for one in reset)
@@ -174,7 +174,7 @@ async def test_a_store_without_memory_keeps_nothing_back_once_it_has_room(hurt: 
             full = await load.lasts(3.0 if LONG else 1.0)
             other.config_set("maxmemory", "0")
         await recovered(hurt)
-        again = await load.lasts(1.0)
+        again = await load.lasts(0.5)
     all_served(load.outcomes)
     assert any(one.degraded for one in full)
     assert not all(one.degraded for one in again)
