@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 import pytest
@@ -19,3 +20,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the campaigns of `make faults` measured, in one place: promise, number, observed, bound."""
+    reports = [each for kind in ("passed", "failed") for each in terminalreporter.stats.get(kind, ())]
+    figures = [str(line) for each in reports for name, line in each.user_properties if name == "figure"]
+    if figures and os.environ.get("BREAKWATER_FAULTS"):
+        terminalreporter.section("figures")
+        for line in figures:
+            terminalreporter.write_line(line)
