@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from proxy import __version__
-from proxy.app.budgets import budget_of, budgets_shown, gauges_of, readiness_of, used_here
+from proxy.app.budgets import budget_of, budgets_shown, gauges_of, measure, readiness_of, used_here
 from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
 from proxy.app.ledger import Ledger, ledger_of
 from proxy.app.owners import ownership_of
@@ -121,9 +121,7 @@ def create_app(
         degraded=lambda: budget.access.away,
         budgets=lambda: gauges_of(budget),
     )
-    budget.admission.observe = metrics.estimated
-    budget.refusals.count = metrics.budget_refused
-    budget.access.failed = metrics.store_failed
+    measure(budget, metrics)
     bus.subscribe(metrics)
     local = is_loopback(listen.host)
     names = [one.name for one in settings.tenants]

@@ -33,7 +33,7 @@ from proxy.config.settings import Settings
 from proxy.edge.auth import DEFAULT
 from proxy.errors import StoreUnavailable
 from proxy.observability.events import Bus
-from proxy.observability.metrics import Gauged
+from proxy.observability.metrics import Gauged, Metrics
 from proxy.providers.settings import OpenAISettings, ProviderSettings
 from proxy.store.address import MEMORY
 from proxy.store.base import SEED_MS, BudgetStore, Dimension, UsageRow
@@ -145,6 +145,13 @@ async def used_here(budget: Budget, since: str, by: str) -> Document:
     """The same, with what this process has not booked yet."""
     await budget.daybook.flush()
     return await used(budget.access.usage, budget.wall_ms(), since, by)
+
+
+def measure(budget: Budget, metrics: Metrics) -> None:
+    """Lets the metrics hear what is counted and has no event."""
+    budget.admission.observe = metrics.estimated
+    budget.refusals.count = metrics.budget_refused
+    budget.access.failed = metrics.store_failed
 
 
 async def gauges_of(budget: Budget) -> Gauged:

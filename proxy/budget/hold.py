@@ -36,7 +36,7 @@ from proxy.types import Record, Target
 
 
 class Budget:
-    """`clock`: the event loop's, in seconds. `wall_ms`: milliseconds since 1970. `local` makes an empty memory store."""
+    """`clock`: the event loop's, in seconds. `wall_ms`: milliseconds since 1970. `local` makes an empty store."""
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,5 +94,8 @@ def runs(file: Path, port: int) -> None:
     if "admin_port" in file.read_text():
         env["BREAKWATER_LISTEN__ADMIN_PORT"] = "0"
     with serving(file, env=env) as process:
-        ready = subprocess.run([BREAKWATER, "health", "--ready", "--url", process.url], capture_output=True, timeout=60)
-        assert ready.stdout == b"ok\n", ready.stderr
+        deadline = time.monotonic() + 20
+        asks = [BREAKWATER, "health", "--ready", "--url", process.url]
+        while (ready := subprocess.run(asks, capture_output=True, timeout=60)).stdout != b"ok\n":
+            assert b"seeding" in ready.stderr or b"starting" in ready.stderr, ready.stderr  # an empty store is told
+            assert time.monotonic() < deadline, ready.stderr
