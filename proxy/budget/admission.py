@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from proxy.budget import answers
 from proxy.budget.access import Access
@@ -29,6 +29,10 @@ from proxy.types import Headers, Target, Usage
 
 if TYPE_CHECKING:
     from proxy.budget.charge import Charge
+
+
+_PRICED_LATER: Final = ("passthrough", "models")
+"""What a reply that is passed through costs is seen by its own usage, or never known."""
 
 
 class Admission:
@@ -71,7 +75,7 @@ class Admission:
         policy = charge.policy
         plan = self._planner.plan(charge.want, policy, target, self.exposures, self.access.processes)
         bound = policy.at(target.provider)
-        if plan.rates is None and charge.want.generates:
+        if plan.rates is None and charge.want.ask.dialect not in _PRICED_LATER:
             limited = bound.reach.nano_usd is not None
             if policy.enforces and unknown_refused(policy.settings.on_unknown_price, usd_limited=limited):
                 raise answers.price_unknown(target)
