@@ -63,12 +63,12 @@ class Admission:
         self._waiting = waiting
         self._clock = clock
 
-    def rate_limits(self, policy: Policy) -> Headers:
+    def rate_limits(self, policy: Policy, refused: Refused | None = None) -> Headers:
         """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
         if not policy.enforces:
             return []
         found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
-        return answers.rate_limit_headers((scope, row) for scope, row in found if row is not None)
+        return answers.rate_limit_headers(((scope, row) for scope, row in found if row is not None), refused)
 
     def plan(self, charge: Charge, target: Target) -> Plan:
         """What an attempt at `target` is to reserve. Raises ModelPriceUnknown, RequestExceedsBudget, ProviderFull."""
@@ -269,7 +269,7 @@ class Admission:
 
     def _refusal(self, charge: Charge, refused: Refused) -> ProxyError:
         self._refusals.enforced(charge.request_id, charge.policy.tenant, refused)
-        headers = self.rate_limits(charge.policy)
+        headers = self.rate_limits(charge.policy, refused)
         if refused.scope.kind == "provider":
             return answers.provider_full(refused, headers)
         return answers.budget_exceeded(refused, headers)
