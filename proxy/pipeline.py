@@ -118,7 +118,7 @@ class Pipeline:
                 await claims.see(event)
             await out.write(event)
             if outgrown and not await charge.grow():
-                last = ending(charge.want.ask.dialect, charge.head, charge.want.choices)
+                last = ending(charge.want.ask.dialect, charge.head, charge.want.returned)
                 event = Event(last, terminator=len(last))
                 if claims is not None:
                     await claims.see(event)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from proxy.budget import answers
 from proxy.budget.access import Access
@@ -29,6 +29,10 @@ from proxy.types import Headers, Target, Usage
 
 if TYPE_CHECKING:
     from proxy.budget.charge import Charge
+
+
+_PRICED_LATER: Final = ("passthrough", "models")
+"""What a reply that is passed through costs is seen by its own usage, or never known."""
 
 
 class Admission:
@@ -59,19 +63,19 @@ class Admission:
         self._waiting = waiting
         self._clock = clock
 
-    def rate_limits(self, policy: Policy) -> Headers:
+    def rate_limits(self, policy: Policy, refused: Refused | None = None) -> Headers:
         """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
         if not policy.enforces:
             return []
         found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
-        return answers.rate_limit_headers((scope, row) for scope, row in found if row is not None)
+        return answers.rate_limit_headers(((scope, row) for scope, row in found if row is not None), refused)
 
     def plan(self, charge: Charge, target: Target) -> Plan:
         """What an attempt at `target` is to reserve. Raises ModelPriceUnknown, RequestExceedsBudget, ProviderFull."""
         policy = charge.policy
         plan = self._planner.plan(charge.want, policy, target, self.exposures, self.access.processes)
         bound = policy.at(target.provider)
-        if plan.rates is None and charge.want.generates:
+        if plan.rates is None and charge.want.ask.dialect not in _PRICED_LATER:
             limited = bound.reach.nano_usd is not None
             if policy.enforces and unknown_refused(policy.settings.on_unknown_price, usd_limited=limited):
                 raise answers.price_unknown(target)
@@ -265,7 +269,7 @@ class Admission:
 
     def _refusal(self, charge: Charge, refused: Refused) -> ProxyError:
         self._refusals.enforced(charge.request_id, charge.policy.tenant, refused)
-        headers = self.rate_limits(charge.policy)
+        headers = self.rate_limits(charge.policy, refused)
         if refused.scope.kind == "provider":
             return answers.provider_full(refused, headers)
         return answers.budget_exceeded(refused, headers)

@@ -100,8 +100,11 @@ def store_unavailable() -> StoreUnavailable:
     )
 
 
-def rate_limit_headers(rows: Iterable[tuple[Scope, Row]]) -> Headers:
-    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`: of several scopes the one that leaves the least."""
+def rate_limit_headers(rows: Iterable[tuple[Scope, Row]], refused: Refused | None = None) -> Headers:
+    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`: of several scopes the one that leaves the least.
+
+    `refused` is newer than the rows: what other processes took meanwhile stands in it alone.
+    """
     requests: tuple[int, int, int] | None = None
     tokens: tuple[int, int, int] | None = None
     for scope, row in rows:
@@ -118,6 +121,12 @@ def rate_limit_headers(rows: Iterable[tuple[Scope, Row]]) -> Headers:
             left = max(limit - row.minute_tokens - row.minute_held_tokens, 0)
             if tokens is None or left < tokens[0]:
                 tokens = (left, limit, row.minute_reset_ms)
+    if refused is not None and refused.scope.kind in _SHOWN:
+        found = (max(refused.limit - refused.used - refused.reserved, 0), refused.limit, refused.reset_ms)
+        if refused.window == "requests_per_minute":
+            requests = found if requests is None or found[0] < requests[0] else requests
+        elif refused.window == "tokens_per_minute":
+            tokens = found if tokens is None or found[0] < tokens[0] else tokens
     headers: Headers = []
     if requests is not None:
         left, limit, reset_ms = requests

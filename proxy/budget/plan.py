@@ -19,12 +19,19 @@ import msgspec
 from proxy.budget.amounts import MAX_AMOUNT, Amounts
 from proxy.budget.estimate import Estimate, Expectations, Exposure, estimate
 from proxy.budget.policy import Bound, Policy, Reach
-from proxy.budget.pricing import PriceBook, Rates, ceiling, cost, usable
+from proxy.budget.pricing import PriceBook, Rates, ceiling, cost, dearest_output, usable
 from proxy.money import PER_MILLION
 from proxy.store.base import NOTHING, Scope
 from proxy.types import Ask, Target, Usage
 
-_LIMITS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_LIMITS: Final[Mapping[str, tuple[str, ...]]] = {
+    "chat": ("max_completion_tokens", "max_tokens"),
+    "completions": ("max_tokens",),
+    "responses": ("max_output_tokens",),
+}
+"""What bounds the output. A name of another API bounds nothing: providers pass over it."""
+_CROWD: Final = 32_768
+_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -40,8 +47,13 @@ class Want:
     asked: int | None = None
     """The client's own maximum of output tokens, for one choice."""
     choices: int = 1
+    """Replies that are made, and billed."""
+    returned: int = 1
+    """Of these, how many the client gets."""
     service_tier: str = ""
     tags: str = ""
+    background: bool = False
+    """The reply is made whether or not anybody waits for it, and its usage is told to whoever asks later, or nobody."""
 
     @property
     def generates(self) -> bool:
@@ -55,16 +67,44 @@ class Want:
 def want_of(ask: Ask, tags: str = "") -> Want:
     """What the body says. The input is not counted yet. (`validation.requests` has checked the members.)"""
     fields = ask.fields
-    given = [value for name in _LIMITS if name in fields and isinstance(value := _decoded(fields[name]), int)]
-    choices = _decoded(fields["n"]) if "n" in fields else 1
+    limits = _LIMITS.get(ask.dialect, ())
+    given = [value for name in limits if name in fields and isinstance(value := _decoded(fields[name]), int)]
+    choices = returned = _count(fields, "n")
+    if "best_of" in fields:
+        choices = max(choices, _count(fields, "best_of"))
+    if ask.dialect == "completions" and "prompt" in fields:
+        prompts = _prompts(fields["prompt"])
+        choices, returned = choices * prompts, returned * prompts
     tier = _decoded(fields["service_tier"]) if "service_tier" in fields else ""
     return Want(
         ask,
-        asked=min(given, default=None),
-        choices=choices if isinstance(choices, int) and choices > 0 else 1,
+        asked=max(given, default=None),  # Of two, each server goes by one of its own choice.
+        choices=choices,
+        returned=returned,
         service_tier=tier if isinstance(tier, str) and tier not in ("auto", "default") and len(tier) <= 32 else "",
         tags=tags,
+        background="background" in fields and _decoded(fields["background"]) is True,
     )
+
+
+def _count(fields: Mapping[str, msgspec.Raw], name: str) -> int:
+    found = _decoded(fields[name]) if name in fields else 1
+    return found if isinstance(found, int) and found > 0 else 1
+
+
+def _prompts(raw: msgspec.Raw) -> int:
+    """How many prompts a completion has: each is answered by itself. A list of numbers is one prompt, in tokens."""
+    data = bytes(raw)
+    head = data[1:].lstrip()[:1] if data.startswith(b"[") else b""
+    if head not in (b'"', b"["):
+        return 1
+    most = data.count(b'"') // 2 if head == b'"' else data.count(b"[") - 1
+    if most > _CROWD:
+        return most  # To count them exactly would hold the loop up for as long as the client likes.
+    try:
+        return len(_list(data))
+    except _NOT_JSON:
+        return 1
 
 
 def _decoded(raw: msgspec.Raw) -> object:
@@ -216,5 +256,5 @@ def _affordable(input_tokens: int, most: int, rates: Rates | None, reach: Reach)
     if rates is None or reach.nano_usd is None:
         return output
     spare = reach.nano_usd - ceiling(input_tokens, 0, rates)
-    dearest = max(max(one.output, one.reasoning) for one in (rates, *(tier.rates for tier in rates.tiers)))
+    dearest = max(dearest_output(one) for one in (rates, *(tier.rates for tier in rates.tiers)))
     return min(output, max((spare - 1) * PER_MILLION // dearest, 0)) if dearest else output

@@ -81,11 +81,16 @@ def ceiling(input_tokens: int, output_tokens: int, rates: Rates) -> int:
     tier."""
     worst = 0
     for one in (rates, *(tier.rates for tier in rates.tiers if input_tokens > tier.above)):
-        heard, spoken = one.audio or (0, 0)
+        heard = 0 if one.audio is None else one.audio[0]
         micro = input_tokens * max(one.input, one.cached_input, one.cache_write, heard)
-        micro += output_tokens * max(one.output, one.reasoning, spoken)
+        micro += output_tokens * dearest_output(one)
         worst = max(worst, -(-micro // PER_MILLION) + one.request)
     return min(worst, LARGEST)
+
+
+def dearest_output(rates: Rates) -> int:
+    """The most that a million tokens of output can cost, whatever they are. Without regard to tiers."""
+    return max(rates.output, rates.reasoning, 0 if rates.audio is None else rates.audio[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,7 +229,17 @@ class Tab:
             return None
         if self.want.ask.dialect == "passthrough":
             return Usage(estimated=True)  # It was used, and nobody knows how much.
-        return Usage(given, await self._output_of(attempt), estimated=True)
+        output = await self._output_of(attempt)
+        if self.want.background:
+            output = max(output, self._promised(attempt.plan))
+        return Usage(given, output, estimated=True)
+
+    def _promised(self, plan: Plan) -> int:
+        """Output that the provider goes on to make when we have gone: as much as was reserved for it."""
+        if self.policy.settings.estimate != "max":
+            return plan.estimate.expected
+        most = plan.estimate.most
+        return most if plan.output_cap is None else min(most, plan.output_cap * self.want.choices)
 
     async def _output_of(self, attempt: Attempt) -> int:
         if attempt.usage is not None:

@@ -31,6 +31,7 @@ MAX_TOKENS = 2**31 - 1
 MAX_MEMBERS = 1024
 """At the top level of a body. The known ones are some sixty."""
 _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_COUNTS = ("n", "best_of")
 _JSON_ROUTES: dict[str, Dialect] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
@@ -192,8 +193,9 @@ def _read_body(ask: Ask) -> None:
     for name in _TOKEN_LIMITS:
         if name in fields:
             _integer(fields, name, 1, MAX_TOKENS)
-    if "n" in fields:
-        _integer(fields, "n", 1, MAX_CHOICES)
+    for name in _COUNTS:
+        if name in fields:
+            _integer(fields, name, 1, MAX_CHOICES)
     ask.replayable = True
     if ask.dialect == "chat":
         messages = fields.get("messages")

@@ -16,6 +16,7 @@ from proxy.budget.policy import Policies, TenantBudget
 from proxy.budget.report import by_tenant
 from proxy.budget.settings import UNWRITTEN, BudgetSettings, LimitSettings
 from proxy.budget.waiting import Waiting
+from proxy.errors import BudgetExceeded
 from proxy.store.base import Refused, Scope
 from proxy.types import Record, Usage
 from tests.budget.scene import TARGET, TENANT, Scene, usd, want
@@ -236,3 +237,17 @@ async def test_nobody_waits_longer_than_it_wants() -> None:
     await asyncio.wait_for(waiter, 2)
     assert waiting.has_room()
     waiting.wake()
+
+
+@anyio
+async def test_a_refusal_never_says_that_something_remains_of_the_window_that_refused() -> None:
+    """Another process took the room, and this one has not heard of it but by the refusal itself."""
+    scene = Scene(BudgetSettings(requests_per_minute=2))
+    await scene.serve()
+    neighbour = Scene(BudgetSettings(requests_per_minute=2), store=scene.store, clock=scene.clock)
+    await neighbour.serve()
+    with pytest.raises(BudgetExceeded) as caught:
+        await scene.serve()
+    headers = dict(caught.value.headers)
+    assert headers[b"x-ratelimit-remaining-requests"] == b"0"
+    assert headers[b"x-ratelimit-limit-requests"] == b"2"
