@@ -56,7 +56,10 @@ def _exceeded(kind: type[_Exceeded], refused: Refused, headers: Headers) -> _Exc
     extra: Headers = [(b"retry-after", b"%d" % max(seconds, 1))]
     if wait_ms > LONG_WAIT_MS:
         extra.append((b"x-should-retry", b"false"))
-    message = f"{message}. There is room again in {max(seconds, 1)} s at the latest."
+    if refused.window == "max_concurrent":
+        message = f"{message}. There is room again when one of them ends."  # nobody knows when that is
+    else:
+        message = f"{message}. There is room again in {max(seconds, 1)} s at the latest."
     return kind(message, retry_after_ms=wait_ms, headers=[*headers, *extra], **details)
 
 
