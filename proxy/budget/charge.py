@@ -85,12 +85,21 @@ class Charge(Tab):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        attempt = self._attempt
-        if self._budget.prompt and (attempt is None or attempt.usage is not None):
-            # Nothing to count, and a store that never waits: no cancellation can come in between.
-            await self._finish(complete=kind is None)
+        attempt, complete = self._attempt, kind is None
+        if attempt is not None and attempt.usage is None and attempt.status < 300:
+            await self._leave(partial(self._close, complete=complete))  # there is something to count
+        elif self._budget.prompt:
+            await self._finish(complete=complete)  # The store never waits: no cancellation can come in between.
+        elif self._afterwards is None:
+            await self._close(complete=complete)
         else:
-            await self._leave(partial(self._close, complete=kind is None))
+            # The client need not wait for the books. Its next request comes behind this settlement, in the same batch
+            # at the earliest.
+            try:
+                await self._end_attempt(complete=complete)
+            finally:
+                if self._parent is None:
+                    self._budget.track(self._settle())
 
     async def _open(self) -> None:
         refused: ProxyError | None = None

@@ -183,6 +183,8 @@ class FileSink:
         """Ids of a batch of which the system refused a part."""
         self._stalled: float | None = None
         """Since when nothing is written."""
+        self._gap = False
+        """Records left the outbox before they were written, since then."""
         self._task: asyncio.Task[None] | None = None
         self._working: asyncio.Task[None] | None = None
 
@@ -211,7 +213,12 @@ class FileSink:
             await self._work(self._begin())
         elif self._doubtful:
             await self._work(self._recover())
-        while self._after is not None and (records := await self._store.outbox(self._after, BATCH)):
+        while self._after is not None:
+            if self._stalled is not None:  # else it read on in time
+                self._gap = self._gap or await self._has_gap()
+            records = await self._store.outbox(self._after, BATCH)
+            if not records:
+                break
             await self._work(self._write(records))
             total += len(records)
         return total
@@ -244,7 +251,6 @@ class FileSink:
 
     async def _turn(self) -> None:
         try:
-            gap = self._stalled is not None and await self._has_gap()
             await self.drain()
         except OSError as error:
             self._stall(_REASONS.get(error.errno or 0, "io"))
@@ -259,7 +265,7 @@ class FileSink:
                 self._stall("locked")
             elif self._stalled is not None:
                 away = self._clock() - self._stalled
-                self._stalled = None
+                gap, self._gap, self._stalled = self._gap, False, None
                 self._emit(LedgerResumed(file=str(self.file.path), away=away, gap=gap))
 
     def _stall(self, reason: str) -> None:
