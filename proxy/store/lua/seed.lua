@@ -40,7 +40,7 @@ local function give(key, argument)
   local entries, grown = {}, not record
   record = record or {LIVES, whole(word[2], 1), 0}
   for index = 4, #record do entries[record[index][1]] = record[index] end
-  for index = 6, #word do
+  for index = 6, #word - 1 do -- the last one is where unpacking ended
     local scope = loaded[KEYS[4 + whole(word[index], told)]]
     local entry, starts = entries[scope.key], 0
     if not entry then
