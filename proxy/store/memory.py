@@ -322,12 +322,12 @@ class MemoryStore:
 
     def _give(self, known: str, prepared: _Prepared, ask: Triple, one: Reservation, now: Moment) -> None:
         """Holds what is missing up to the ask, whether or not it fits; what ended stays ended."""
+        all_windows = [self._begun(place, now)[0] for place in prepared.places]
         found = self._reservations.find(known, now.steady_ms)
         if found is not None and (isinstance(found, Over) or found.expired):
             return
         held = found or Held(now.steady_ms + one.lease_ms, one.on_lost)
-        for place in prepared.places:
-            windows, _ = self._begun(place, now)
+        for place, windows in zip(prepared.places, all_windows, strict=True):
             want = _wanted(ask, held.parts[place]) if place in held.parts else (*ask, 1)
             if any(want):
                 held.parts.setdefault(place, []).append(windows.take(*want))

@@ -69,8 +69,8 @@ local function write_all()
   for index = 1, #given do
     local key, record, id, lease_until = unpack(given[index], 1, 4)
     call('SET', key, cmsgpack.pack(record))
-    local known = call('ZSCORE', KEYS[2], id)
-    if not known or tonumber(known) < lease_until then call('ZADD', KEYS[2], format('%.0f', lease_until), id) end
+    -- One that is there keeps its lease: `extend` renews it.
+    if not call('ZSCORE', KEYS[2], id) then call('ZADD', KEYS[2], format('%.0f', lease_until), id) end
   end
 end
 
