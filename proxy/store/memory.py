@@ -261,8 +261,10 @@ class MemoryStore:
             for place in prepared.places:
                 windows[place].roll(now)
         except KeyError:
-            missing = (scope for scope, place in zip(prepared.scopes, prepared.places, strict=True))
-            return Cold(tuple(scope for scope in missing if scope.place not in windows))
+            for place in prepared.places:
+                if place in windows:
+                    windows[place].roll(now)  # Those behind the missing one too: the store in Redis looks at all.
+            return Cold(tuple(scope for scope in prepared.scopes if scope.place not in windows))
         return None
 
     def _cover(self, held: Held, prepared: _Prepared, ask: Triple, now: Moment) -> Granted | Refused | Cold:
