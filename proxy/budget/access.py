@@ -6,8 +6,8 @@ Three states::
 
 In reach, every verb goes to the store. Away, none does: no request waits for a store that is gone, settlements queue
 up, and one task, the `tender`, tries to reach it. It is in reach again only after it was told what this process
-remembers, the queue is empty, and a reservation came through: what was spent meanwhile counts before anything new is
-admitted.
+remembers and holds, the queue is empty, and a reservation came through: what was spent meanwhile counts before anything
+new is admitted.
 """
 
 from __future__ import annotations
@@ -55,12 +55,19 @@ QUEUED: Final = 20_000
 REPLAYED_AT_ONCE: Final = 64
 SEEDED_AT_ONCE: Final = 200
 """Scopes that one call tells of: a script of thousands would hold up everybody, and be late itself."""
+GIVEN_AT_ONCE: Final = 64
+"""Reservations, likewise."""
 AGAIN_SECONDS: Final = 0.25
 """Between two attempts at the end of the process."""
 STEADY_SECONDS: Final = 5.0
 """A store that was back for less than this is flapping."""
 
 _Answer = TypeVar("_Answer")
+
+
+def _to_come(settlement: Settlement) -> Reservation:
+    """What a settlement will take, as long as it waits."""
+    return Reservation(settlement.id, settlement.scopes, settlement.actual)
 
 
 class Access:
@@ -98,8 +105,11 @@ class Access:
         """Of the outage that is, or was last: this process may go on with its share of what it knew before."""
         self.waiting: deque[Settlement] = deque()
         """Settlements that the store has not taken yet, the oldest first."""
-        self.live: set[str] = set()
-        """Reservations of this process that may be live in the store."""
+        self.live: dict[str, Reservation] = {}
+        """What this process was granted, by the store or by its own share, as it was last raised, and has not settled.
+        By id."""
+        self.taken: dict[str, Reservation] = {}
+        """Those of them that its own share granted, and the store was not told of yet."""
         self.dropped = 0
         self._clock = clock
         self._emit = emit
@@ -152,14 +162,22 @@ class Access:
         if not self.away:
             verdict = await self._first("reserve", self.store.reserve(reservation))
             if not isinstance(verdict, Cold):
-                return self._seen(verdict)
-        return self._seen(await self._call("reserve", lambda: self.store.reserve(reservation)))
+                return self._seen(verdict, reservation)
+        return self._seen(await self._call("reserve", lambda: self.store.reserve(reservation)), reservation)
+
+    def took(self, reservation: Reservation) -> None:
+        """This process's own share granted it, while the store is away."""
+        self.live[reservation.id] = self.taken[reservation.id] = reservation
 
     async def top_up(
         self, reservation_id: str, ask: Amounts, scopes: tuple[Scope, ...], leave: tuple[tuple[Scope, Amounts], ...]
     ) -> Granted | Refused | Ended:
         """Raises StoreUnavailable."""
-        return self._seen(await self._call("top_up", lambda: self.store.top_up(reservation_id, ask, scopes, leave)))
+        verdict = self._seen(await self._call("top_up", lambda: self.store.top_up(reservation_id, ask, scopes, leave)))
+        known = self.live.get(reservation_id)
+        if known is not None and isinstance(verdict, Granted):
+            self.live[reservation_id] = Reservation(reservation_id, scopes, ask, known.lease_ms, known.on_lost)
+        return verdict
 
     async def balance(self, scopes: tuple[Scope, ...]) -> tuple[Balance, ...]:
         """The figures of scopes, those that the store has never seen included. Raises StoreUnavailable."""
@@ -169,7 +187,6 @@ class Access:
 
     async def settle(self, settlement: Settlement) -> Settled | None:
         """Books it now; None: it is kept until the store takes it. Never raises StoreUnavailable."""
-        self.live.discard(settlement.id)
         if not self.away:
             try:
                 settled = await self._first("settle", self.store.settle(settlement))
@@ -178,22 +195,31 @@ class Access:
             except StoreUnavailable:
                 pass
             except asyncio.CancelledError:
-                self._keep(settlement)
+                self.later(settlement)
                 raise
             else:
+                # Not before: an empty store that is told of it meanwhile must keep its room.
+                self.live.pop(settlement.id, None)
                 self.watch.saw(settled.balances)
                 return settled
-        self._keep(settlement)
+        self.later(settlement)
         return None
 
-    def _keep(self, settlement: Settlement) -> None:
+    def later(self, settlement: Settlement) -> None:
+        """Books it as soon as the store takes it, whatever becomes of the caller."""
+        self.live.pop(settlement.id, None)
+        self.taken.pop(settlement.id, None)
         if len(self.waiting) >= self._queued:
             self.waiting.popleft()
             self.dropped += 1
         self.waiting.append(settlement)
 
-    def _seen(self, verdict: Granted | Refused | Ended) -> Granted | Refused | Ended:
+    def _seen(
+        self, verdict: Granted | Refused | Ended, reservation: Reservation | None = None
+    ) -> Granted | Refused | Ended:
         if isinstance(verdict, Granted):
+            if reservation is not None:
+                self.live[reservation.id] = reservation
             self.watch.saw(verdict.balances)
         return verdict
 
@@ -259,7 +285,8 @@ class Access:
             if self._seeds_failed != failed:
                 raise StoreUnavailable("timeout")  # Somebody tried: a hundred who wait need not each try in turn.
             try:
-                await self._tell(self.watch.remembered(scopes))
+                self.watch.second = int(self._clock())
+                await self._tell(self.watch.remembered(scopes), scopes)
             except StoreUnavailable:
                 self._seeds_failed += 1
                 self.failed("seed")
@@ -267,14 +294,19 @@ class Access:
             finally:
                 self.seeding = False
 
-    async def _tell(self, remembered: list[Remembered]) -> None:
-        """Until the store is open, and knows all that."""
+    async def _tell(self, remembered: list[Remembered], scopes: tuple[Scope, ...]) -> None:
+        """Until the store is open, and knows all that, and what is held in `scopes`; in all if none is named."""
         until = self._clock() + self._collect_ms / 1000 + 1.0
         while True:
             wait_ms, first = 0, False
             for start in range(0, len(remembered) or 1, SEEDED_AT_ONCE):
                 seeded = await self.store.seed(remembered[start : start + SEEDED_AT_ONCE], self._collect_ms)
                 wait_ms, first = seeded.wait_ms, first or seeded.first
+            held = self._held(scopes)
+            if wait_ms:
+                # As long as it collects, nobody can be given the room that these settlements will take.
+                held += [_to_come(each) for each in self.waiting]
+            wait_ms = await self.give(held, wait_ms)
             if first and self._collect_ms:
                 self._emit(StoreReset(scopes=sum(any(one.spent) for one in remembered)))
             if not wait_ms:
@@ -284,6 +316,22 @@ class Access:
                 raise StoreUnavailable("timeout")
             self.seeding = True
             await asyncio.sleep(wait_ms / 1000)
+
+    def _held(self, scopes: tuple[Scope, ...]) -> list[Reservation]:
+        places = {scope.place for scope in scopes}
+        return [
+            each
+            for each in self.live.values()
+            if not places or not places.isdisjoint([scope.place for scope in each.scopes])
+        ]
+
+    async def give(self, held: Sequence[Reservation], wait_ms: int = 0) -> int:
+        """Has the store hold what this process was granted already. Returns how long the store still collects, in
+        milliseconds; `wait_ms` if there is nothing to give. Raises StoreUnavailable."""
+        for start in range(0, len(held), GIVEN_AT_ONCE):
+            # One that is settled meanwhile has ended, which the store knows.
+            wait_ms = (await self.store.seed((), self._collect_ms, held[start : start + GIVEN_AT_ONCE])).wait_ms
+        return wait_ms
 
     # -- a store that is away ----------------------------------------------------------------------------------------
 
@@ -307,6 +355,17 @@ class Access:
         self.fleet.returned(now)
         lost, self.dropped = self.dropped, 0
         self._emit(StoreRecovered(away=now - self._away_since, replayed=self._replayed, lost=lost))
+
+    async def catch_up(self) -> None:
+        """Books what waits, and has the store hold what was granted without it. Raises StoreUnavailable."""
+        while self.waiting or self.taken:
+            await self.replay()
+            taken, self.taken = self.taken, {}
+            try:
+                await self.give(list(taken.values()))
+            except BaseException:
+                self.taken = {each: one for each, one in taken.items() if each in self.live} | self.taken
+                raise
 
     async def replay(self) -> None:
         """Books what waits, in order. Raises StoreUnavailable."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from secrets import token_hex
 from typing import TYPE_CHECKING, Final
 
 from proxy.budget import answers
@@ -23,7 +24,7 @@ from proxy.budget.refusals import Refusals
 from proxy.budget.tender import LEASE_MS
 from proxy.budget.waiting import Waiting
 from proxy.errors import ProxyError
-from proxy.store.base import NOTHING, Ended, Granted, Refused, Reservation, StoreUnavailable
+from proxy.store.base import NOTHING, Ended, Granted, Refused, Reservation, Settlement, StoreUnavailable
 from proxy.tokens.count import Counter
 from proxy.types import Headers, Target, Usage
 
@@ -113,6 +114,8 @@ class Admission:
         ask = self._total(held, Amounts(1, input_tokens + output_tokens, nano))
         try:
             verdict = await self.access.top_up(held.id, ask, charge.policy.at(plan.target.provider).scopes, ())
+            if isinstance(verdict, Ended):
+                verdict = await self._anew(charge, plan, ask)
         except StoreUnavailable:
             return charge.policy.settings.on_store_error == "allow" or not charge.policy.enforces
         if not isinstance(verdict, Granted):
@@ -123,6 +126,19 @@ class Admission:
         self.at_risk(held, places, max(risk_tokens, 0), max(risk_nano, 0))
         held.ask = ask
         return True
+
+    async def _anew(self, charge: Charge, plan: Plan, ask: Amounts) -> Granted | Refused | Ended:
+        """A reservation in place of one whose lease ran out while its attempt goes on. Raises StoreUnavailable."""
+        policy, held = charge.policy, charge.held
+        bound = policy.at(plan.target.provider)
+        apart = () if held.provider is None else ((held.provider, NOTHING),)
+        before = Settlement(held.id, bound.scopes, NOTHING, apart)
+        held.id = token_hex(16)  # From here on this one is settled, with all that was spent, whatever happens below.
+        try:
+            return await self.access.reserve(Reservation(held.id, bound.scopes, ask, LEASE_MS, policy.settings.on_lost))
+        finally:
+            # What the lost one was charged is given back only now: nobody else can take that room in between.
+            self.access.later(before)
 
     async def settle(self, held: Held, policy: Policy) -> None:
         """Books what was spent, gives back what was not, and calls whoever waits for room."""
@@ -184,18 +200,15 @@ class Admission:
             held.ask = NOTHING
             ask = held.ask = self._total(held, plan.ask)
             held.state = "asked"
-            self.access.live.add(held.id)
             wanted = Reservation(held.id, bound.scopes, ask, LEASE_MS, policy.settings.on_lost)
             try:
                 verdict = await self.access.reserve(wanted)
             except StoreUnavailable as error:
-                self.access.live.discard(held.id)
                 return await self._take_slice(charge, plan, ask, error)
             if isinstance(verdict, Granted):
                 held.provider = plan.account
                 self._watched(charge, verdict)
                 return None
-            self.access.live.discard(held.id)
             if isinstance(verdict, Refused):
                 held.state = None
                 self.at_risk(held, ())
@@ -262,6 +275,7 @@ class Admission:
             raise answers.store_unavailable() from ended
         if isinstance(verdict, Granted):
             held.state, held.local, held.provider, held.ask = "asked", self._slices.store, plan.account, ask
+            access.took(Reservation(held.id, bound.scopes, ask, LEASE_MS, policy.settings.on_lost))
             return None
         if isinstance(verdict, Refused) and verdict.retry_after_ms is not None and verdict.window.endswith("minute"):
             return verdict

@@ -127,9 +127,9 @@ class Tender:
         await self._inspect()
         await access.tell()
         if access.away:
-            await access.replay()  # Before the try: a store whose memory is full takes settlements all the same.
+            await access.catch_up()  # Before the try: a store whose memory is full takes settlements all the same.
             await self._try()
-            await access.replay()  # What came meanwhile. Nothing waits between the last of it and `back`.
+            await access.catch_up()  # What came meanwhile. Nothing waits between the last of it and `back`.
             access.back()
         else:
             await access.ask("balance", lambda: access.store.balance((_PROBE,)))
@@ -168,7 +168,9 @@ class Tender:
 
     async def _beat(self) -> bool:
         """True: the store is not the one that it was."""
-        self._beat_at = self._clock() + self._beat_seconds
+        now = self._clock()
+        self._beat_at = now + self._beat_seconds
+        self._access.watch.second = int(now)
         try:
             beat = await self._access.store.beat(self._id, int(LIFE_SECONDS * 1000))
         except StoreUnavailable:
@@ -185,4 +187,5 @@ class Tender:
         ids = list(access.live)
         if ids:
             lost = await access.ask("extend", lambda: access.store.extend(ids, LEASE_MS))
-            access.live.difference_update(lost)
+            # A store that began anew since the last beat knows none of them.
+            await access.give([access.live[each] for each in lost if each in access.live])

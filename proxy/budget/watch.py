@@ -8,17 +8,24 @@ they leave.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from proxy.budget.amounts import Limits, Row
 from proxy.budget.clocks import DAY_MS, HOUR_MS, month_of
 from proxy.store.base import Balance, Remembered, Scope
+
+MINUTE_SECONDS: Final = 62
+"""Longer than what counts in a minute stays there: `second` may lag behind by one."""
 
 
 class Watch:
     """Bounded by the number of configured scopes."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[Scope, Row]] = {}
+        self.second = 0
+        """What time it is, on any clock that does not step back. Its owner sets it each second, and before it asks."""
+        self._seen: dict[str, tuple[Scope, Row, int]] = {}
+        """The newest figures of each place, and the second of them."""
         self._highest: dict[str, _Calendar] = {}
         """Only where the newest figures are lower than earlier ones of the same window."""
 
@@ -31,7 +38,7 @@ class Watch:
                 before = self._highest.get(place)
                 most = _calendar(known[1])
                 self._highest[place] = most if before is None else _most(most, before)
-            self._seen[place] = (scope, row)
+            self._seen[place] = (scope, row, self.second)
 
     def row(self, scope: Scope) -> Row | None:
         found = self._seen.get(scope.place)
@@ -39,16 +46,20 @@ class Watch:
 
     def remembered(self, scopes: Sequence[Scope] = ()) -> list[Remembered]:
         """The most that was seen spent in `scopes`, known or not; in all that are known if none are named."""
-        wanted = scopes or [scope for scope, _ in self._seen.values()]
+        wanted = scopes or [scope for scope, _, _ in self._seen.values()]
         return [self._remembered(scope) for scope in wanted]
 
     def _remembered(self, scope: Scope) -> Remembered:
-        row = self.row(scope)
-        if row is None:
+        found = self._seen.get(scope.place)
+        if found is None:
             return Remembered(scope)
+        _, row, seen = found
         known = _calendar(row)
         highest = self._highest.get(scope.place)
-        return Remembered(scope, *(known if highest is None else _most(known, highest)))
+        windows, spent = known if highest is None else _most(known, highest)
+        recent = self.second - seen < MINUTE_SECONDS
+        minute = (row.minute_requests, row.minute_tokens, row.minute_nano_usd) if recent else (0, 0, 0)
+        return Remembered(scope, windows, spent, minute)
 
 
 _Calendar = tuple[tuple[int, int, int], tuple[int, int, int]]

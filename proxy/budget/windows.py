@@ -268,6 +268,16 @@ class ScopeWindows:
             self.month_spent = max(self.month_spent if windows[2] == self.month else 0, spent[2])
             self.month = windows[2]
 
+    def raise_minute(self, spent: Sequence[int]) -> None:
+        """Counts as spent now what is missing to `spent` requests, tokens and nano-USD in the ring."""
+        missing = (
+            max(spent[0] - self.ring_requests, 0),
+            max(spent[1] - self.ring_tokens, 0),
+            max(spent[2] - self.ring_usd, 0),
+        )
+        if any(missing):
+            self._now(*missing)
+
     def minute_reset(self, steady_ms: int) -> int:
         """Milliseconds until the ring is empty, if nothing more is admitted; 0 when it is."""
         empty = self.last + RING_SECONDS <= self.second

@@ -168,6 +168,9 @@ class Remembered(msgspec.Struct, frozen=True, gc=False):
     scope: Scope
     windows: tuple[int, int, int] = (0, 0, 0)
     spent: tuple[int, int, int] = (0, 0, 0)
+    minute: tuple[int, int, int] = (0, 0, 0)
+    """Requests, tokens and nano-dollars in the last minute, as last seen. Windows that begin anew count them as spent
+    now, which is never too little; windows that are there know better."""
 
 
 class Seeded(msgspec.Struct, frozen=True, gc=False):
@@ -263,8 +266,14 @@ class BudgetStore(Protocol):
     async def balance(self, scopes: Sequence[Scope]) -> tuple[Balance, ...] | Cold:
         """The figures of scopes."""
 
-    async def seed(self, remembered: Sequence[Remembered], collect_ms: int = SEED_MS) -> Seeded:
+    async def seed(
+        self, remembered: Sequence[Remembered], collect_ms: int = SEED_MS, held: Sequence[Reservation] = ()
+    ) -> Seeded:
         """Tells the store what is remembered: each calendar window becomes the larger of both.
+
+        `held` is what the caller was granted, here or elsewhere, and has not settled. It is taken whether or not it
+        fits, for it will be spent: what the store does not know, or holds less of, is held from now on; what ended
+        here stays ended. A scope that is not known counts as remembered with nothing spent.
 
         An empty store collects from all processes for `collect_ms` from the first call on, then opens at the next.
         """

@@ -183,19 +183,22 @@ class MemoryStore:
             return Cold()
         return self._roll(prepared, now) or self._balances(prepared, now)
 
-    async def seed(self, remembered: Sequence[Remembered], collect_ms: int = SEED_MS) -> Seeded:
+    async def seed(
+        self, remembered: Sequence[Remembered], collect_ms: int = SEED_MS, held: Sequence[Reservation] = ()
+    ) -> Seeded:
+        given = [(checked_id(one.id), self._prepare(one.scopes), checked_amounts(one.ask), one) for one in held]
         if self._closed:
             raise StoreUnavailable("stopped")
         wall = self._clock()
         now = (self._steady or Steady(wall)).read(wall)
         first = self._steady is None and self._collects_since is None
         for each in remembered:
-            place = each.scope.place
-            windows = self._windows.get(place)
-            if windows is None:
-                windows = self._windows[place] = ScopeWindows(now)
-            windows.roll(now)
+            windows, new = self._begun(each.scope.place, now)
             windows.raise_to(each.windows, each.spent)
+            if new or self._steady is None:
+                windows.raise_minute(each.minute)
+        for known, prepared, ask, one in given:
+            self._give(known, prepared, ask, one, now)
         if self._steady is not None:
             return Seeded(0, first)
         if self._collects_since is None:
@@ -258,8 +261,10 @@ class MemoryStore:
             for place in prepared.places:
                 windows[place].roll(now)
         except KeyError:
-            missing = (scope for scope, place in zip(prepared.scopes, prepared.places, strict=True))
-            return Cold(tuple(scope for scope in missing if scope.place not in windows))
+            for place in prepared.places:
+                if place in windows:
+                    windows[place].roll(now)  # Those behind the missing one too: the store in Redis looks at all.
+            return Cold(tuple(scope for scope in prepared.scopes if scope.place not in windows))
         return None
 
     def _cover(self, held: Held, prepared: _Prepared, ask: Triple, now: Moment) -> Granted | Refused | Cold:
@@ -305,6 +310,31 @@ class MemoryStore:
                 for scope, place in zip(prepared.scopes, prepared.places, strict=True)
             ]
         )
+
+    # -- what others remember ----------------------------------------------------------------------------------------
+
+    def _begun(self, place: str, now: Moment) -> tuple[ScopeWindows, bool]:
+        """The windows of a scope as of now, and whether they begin with this call."""
+        windows = self._windows.get(place)
+        new = windows is None
+        if windows is None:
+            windows = self._windows[place] = ScopeWindows(now)
+        windows.roll(now)
+        return windows, new
+
+    def _give(self, known: str, prepared: _Prepared, ask: Triple, one: Reservation, now: Moment) -> None:
+        """Holds what is missing up to the ask, whether or not it fits; what ended stays ended."""
+        all_windows = [self._begun(place, now)[0] for place in prepared.places]
+        found = self._reservations.find(known, now.steady_ms)
+        if found is not None and (isinstance(found, Over) or found.expired):
+            return
+        held = found or Held(now.steady_ms + one.lease_ms, one.on_lost)
+        for place, windows in zip(prepared.places, all_windows, strict=True):
+            want = _wanted(ask, held.parts[place]) if place in held.parts else (*ask, 1)
+            if any(want):
+                held.parts.setdefault(place, []).append(windows.take(*want))
+        if found is None:
+            self._reservations.add(known, held)
 
     # -- ends --------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from proxy.budget.amounts import WINDOWS, Amounts, Row
 from proxy.budget.clocks import DAY_MS
 from proxy.store.address import NAMESPACE, parse_address
 from proxy.store.base import (
+    ID_CHARS,
     OUTBOX_RECORDS,
     ROLLUP_FIELDS,
     ROLLUP_KEPT_MS,
@@ -68,6 +69,7 @@ from proxy.store.scripts import Scripts
 _TRIPLE: Final = struct.Struct("<3d")
 _COUNTS: Final = struct.Struct("<8d")
 _LIMITS: Final = struct.Struct("<8d")
+_MEMORY: Final = struct.Struct("<9d")
 _ROW: Final = struct.Struct("<17q")
 _NUMBER: Final = struct.Struct("<q")
 _REFUSAL: Final = struct.Struct("<7q")
@@ -194,10 +196,21 @@ class RedisStore:
         answer = await self._run(self._scripts.balance, prepared.keys, ())
         return _cold(answer, prepared.scopes) if answer[0] == _COLD else _balances(answer, 9, prepared.scopes)
 
-    async def seed(self, remembered: Sequence[Remembered], collect_ms: int = SEED_MS) -> Seeded:
-        keys = tuple(self._prefix + b"s:" + each.scope.place.encode() for each in remembered)
-        known = tuple(struct.pack("<6d", *each.windows, *each.spent) for each in remembered)
-        answer = await self._run(self._scripts.seed, (self._prefix + b"collects", *keys), (collect_ms, *known))
+    async def seed(
+        self, remembered: Sequence[Remembered], collect_ms: int = SEED_MS, held: Sequence[Reservation] = ()
+    ) -> Seeded:
+        told = {self._prefix + b"s:" + each.scope.place.encode(): _packed_memory(each) for each in remembered}
+        prepared = [self._prepare(each.scopes) for each in held]
+        for each in prepared:
+            for key in each.keys:
+                told.setdefault(key, _packed_memory())
+        places = {key: place for place, key in enumerate(told, 1)}
+        given = tuple(
+            checked_id(one.id).encode() + _packed_held(one, [places[key] for key in each.keys])
+            for one, each in zip(held, prepared, strict=True)
+        )
+        keys = (self._prefix + b"collects", *told, *(self._reservations + one[:ID_CHARS] for one in given))
+        answer = await self._run(self._scripts.seed, keys, (collect_ms, len(told), *told.values(), *given))
         wait_ms, first = _numbers(answer)
         return Seeded(wait_ms, bool(first))
 
@@ -276,6 +289,15 @@ class RedisStore:
 def _packed_limits(scope: Scope) -> bytes:
     limits = scope.limits.bounds()
     return _LIMITS.pack(*limits, 1 if scope.enforced else 0)
+
+
+def _packed_memory(each: Remembered | None = None) -> bytes:
+    return _MEMORY.pack(*each.windows, *each.spent, *each.minute) if each is not None else bytes(_MEMORY.size)
+
+
+def _packed_held(one: Reservation, places: list[int]) -> bytes:
+    charged = 1 if one.on_lost == "charge" else 0
+    return struct.pack(f"<{5 + len(places)}d", one.lease_ms, charged, *checked_amounts(one.ask), *places)
 
 
 def _entry_words(entry: Entry) -> Iterator[bytes | str | int]:

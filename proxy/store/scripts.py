@@ -12,7 +12,7 @@ _SHARED: Final = {
     "settle": ("windows", "reservations"),
     "extend": ("windows", "reservations"),
     "balance": ("windows", "reservations"),
-    "seed": ("windows",),
+    "seed": ("windows", "reservations", "admission"),
     "key_create": ("registry",),
     "key_revoke": ("registry",),
     "key_rotate": ("registry",),

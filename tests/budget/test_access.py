@@ -322,6 +322,64 @@ async def test_a_growing_stream_meets_an_outage() -> None:
         assert cut, "nobody could say that there is room"
 
 
+async def test_what_the_share_admitted_is_held_before_the_store_is_in_reach_again() -> None:
+    store = Distant(Clock())
+    scene = scene_with(store)
+    scene.budget.start()
+    await scene.serve(usage=Usage(10, 10))
+    store.down = True
+    await scene.serve(usage=Usage(10, 10))
+    async with scene.budget.hold(TENANT, "", want(max_tokens=100), [TARGET], Record()) as charge:
+        await charge.cover(TARGET)
+        charge.answered(200)
+        store.down = False
+        await back(scene)
+        row = await spent(store)
+        assert (row.live, row.held_tokens) == (1, charge.held.ask.tokens)
+        charge.see(usage_event(Usage(5, 5)))
+    row = await spent(store)
+    assert (row.live, row.held_tokens, row.minute_tokens, row.minute_requests) == (0, 0, 50, 3)
+    assert not scene.access.live
+    assert not scene.access.taken
+    await scene.budget.aclose()
+
+
+async def test_an_empty_store_holds_what_runs_and_remembers_the_minute() -> None:
+    store = Distant(Clock())
+    scene = scene_with(store, BudgetSettings(tokens_per_minute=1000, estimate="max"))
+    await scene.serve(want(max_tokens=100), usage=Usage(100, 100))
+    async with scene.budget.hold(TENANT, "", want(max_tokens=700), [TARGET], Record()) as charge:
+        await charge.cover(TARGET)
+        charge.answered(200)
+        store.inner = MemoryStore(clock=store.clock)
+        with pytest.raises(BudgetExceeded):
+            await scene.serve(want(max_tokens=200))
+        row = await spent(store)
+        assert (row.live, row.held_tokens, row.minute_tokens) == (1, charge.held.ask.tokens, 200)
+        charge.see(usage_event(Usage(5, 5)))
+    row = await spent(store)
+    assert (row.live, row.held_tokens, row.minute_tokens) == (0, 0, 210)
+
+
+async def test_a_stream_whose_lease_was_lost_reserves_anew_and_goes_on() -> None:
+    store = Distant(Clock())
+    scene = scene_with(store, BudgetSettings(tokens_per_minute=100_000, on_overrun="cut"))
+    async with scene.budget.hold(TENANT, "", want(stream=True), [TARGET], Record()) as charge:
+        await charge.cover(TARGET)
+        charge.answered(200)
+        before = charge.held.id
+        store.clock.pass_seconds(31)
+        assert (await spent(store)).live == 0
+        for _ in range(3000):
+            assert not charge.see(chunk(" word")) or await charge.grow()
+        assert charge.held.id != before
+        assert (await spent(store)).live == 1
+    await scene.access.replay()
+    row = await spent(store)
+    assert (row.live, row.held_tokens, row.minute_requests) == (0, 0, 1)
+    assert 3000 <= row.minute_tokens < 3100
+
+
 # -- what is known while it is away ----------------------------------------------------------------------------------
 
 

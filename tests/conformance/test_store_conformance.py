@@ -90,6 +90,87 @@ async def test_what_is_remembered_of_a_window_that_is_over_counts_for_nothing(st
     assert (row.hour_nano_usd, row.day_nano_usd, row.month_nano_usd) == (0, 0, 0)
 
 
+async def test_the_minute_that_processes_remember_counts_once_where_it_begins_anew(
+    store: BudgetStore, clock: Clock
+) -> None:
+    scope, later = tenant(), tenant("later")
+    await store.seed([Remembered(scope, minute=(3, 500, 90))], 2000)
+    clock.now += 1000
+    await store.seed([Remembered(scope, minute=(4, 400, 95))], 2000)
+    clock.now += 1000
+    await store.seed([Remembered(scope)], 2000)
+    row = await balance(store, scope)
+    assert (row.minute_requests, row.minute_tokens, row.minute_nano_usd) == (4, 500, 95)
+    assert (row.month_nano_usd, row.live, row.minute_reset_ms) == (0, 0, 60_000)
+    await store.seed([Remembered(scope, minute=(9, 900, 900)), Remembered(later, minute=(1, 2, 3))])
+    assert (await balance(store, scope)).minute_tokens == 500, "windows that are there know better"
+    row = await balance(store, later)
+    assert (row.minute_requests, row.minute_tokens, row.minute_nano_usd) == (1, 2, 3)
+    clock.now += 59_000
+    row = await balance(store, scope)
+    assert (row.minute_requests, row.minute_tokens, row.minute_nano_usd) == (1, 0, 5), "each second adds what it lacks"
+
+
+async def test_an_empty_store_holds_what_was_held_before_it_opens(store: BudgetStore, clock: Clock) -> None:
+    scope, other = tenant(tokens_per_minute=100, max_concurrent=3), tenant("other")
+    first, second = ask(1, scope, tokens=60, nano_usd=6), ask(2, scope, other, tokens=70, nano_usd=7)
+    assert await store.seed([Remembered(scope)], 2000, [first]) == Seeded(2000, True)
+    clock.now += 500
+    for _ in range(2):
+        assert await store.seed([], 2000, [second, first]) == Seeded(1500, False)
+    clock.now += 1500
+    assert await store.seed([], 2000) == Seeded(0, False)
+    row = await balance(store, scope)
+    assert (row.live, row.held_tokens, row.held_nano_usd, row.minute_held_tokens) == (2, 130, 13, 130), "fits or not"
+    assert (await balance(store, other)).held_tokens == 70
+    refused = await store.reserve(ask(3, scope, tokens=1))
+    assert isinstance(refused, Refused)
+    assert refused.reserved == 130
+    for number, used in ((1, 10), (2, 20)):
+        for outcome in ("settled", "already"):
+            settled = await store.settle(settle(number, scope, *((other,) if number == 2 else ()), tokens=used))
+            assert isinstance(settled, Settled)
+            assert settled.outcome == outcome
+    row = await balance(store, scope)
+    assert (row.live, row.held_tokens, row.held_nano_usd, row.minute_tokens) == (0, 0, 0, 30)
+    await store.seed([], held=[first, second])
+    assert (await balance(store, scope)).live == 0, "what ended stays ended"
+
+
+async def test_what_a_process_was_granted_elsewhere_joins_an_open_store(store: BudgetStore, clock: Clock) -> None:
+    scope, account = tenant(tokens_per_minute=100), Scope("provider", "p")
+    await opened(store, scope)
+    await store.reserve(ask(1, scope, tokens=60))
+    raised, lost = ask(1, scope, account, tokens=90, lease_ms=1000), ask(2, scope, tokens=50, lease_ms=1000)
+    assert await store.seed([], held=[raised, lost]) == Seeded(0, False)
+    row = await balance(store, scope)
+    assert (row.live, row.held_tokens, row.minute_held_tokens) == (2, 140, 140)
+    assert (await balance(store, account)).held_tokens == 90
+    await store.seed([], held=[ask(1, scope, tokens=10)])
+    assert (await balance(store, scope)).held_tokens == 140, "it never becomes less"
+    clock.now += 1001
+    row = await balance(store, scope)
+    assert (row.live, row.held_tokens, row.minute_tokens) == (1, 90, 50), "its lease ends as any other"
+    await store.seed([], held=[lost])
+    assert (await balance(store, scope)).live == 1
+    settled = await store.settle(settle(2, scope, tokens=5))
+    assert isinstance(settled, Settled)
+    assert settled.outcome == "late"
+
+
+async def test_what_is_given_back_badly_changes_nothing(store: BudgetStore) -> None:
+    scope = tenant()
+    await opened(store, scope)
+    for bad in (
+        Reservation("no id", (scope,), Amounts(1, 5, 0)),
+        Reservation(reservation_id(2), (scope, scope), Amounts(1, 5, 0)),
+        Reservation(reservation_id(2), (scope,), Amounts(1, -1, 0)),
+    ):
+        with pytest.raises(ValueError):
+            await store.seed([], held=[ask(1, scope, tokens=5), bad])
+    assert (await balance(store, scope)).live == 0
+
+
 async def test_each_life_of_a_store_has_a_number_of_its_own(store: BudgetStore, clock: Clock) -> None:
     scope = tenant()
     await opened(store, scope)

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from proxy.budget.amounts import Amounts, Limits, Row
-from proxy.store.base import Cold, Ended, Granted, OnLost, Refused, Reservation, Scope, Settled, Settlement
+from proxy.store.base import Cold, Ended, Granted, OnLost, Refused, Remembered, Reservation, Scope, Settled, Settlement
 from proxy.store.memory import MemoryStore
 from proxy.store.redis import RedisStore
 from tests.conformance.stores import Clock, Driver, Make, namespace, opened, reservation_id, wall
@@ -71,10 +71,50 @@ class Machine(RuleBasedStateMachine):
         self.next = 0
         self.late = [0, 0, 0]
         """Requests, tokens, nano-dollars that were settled after they had been given back."""
+        self.older = [0, 0, 0]
+        """The same of what was held for longer than a minute when the store restarted."""
 
     def pick(self, number: int) -> int:
         """Mostly one of the last reservations."""
         return max(0, self.next - 1 - number % 12)
+
+    @rule(hosts=st.integers(1, 3))
+    def the_store_restarts_empty(self, hosts: int) -> None:
+        """Several processes remember the same figures, and each holds its own part of what lives."""
+        before = self.look()
+        self.book_lost()
+        row = before["tenant"]
+        # What was held before this minute began counts in the minute that begins.
+        older = (
+            row.held_requests - row.minute_held_requests,
+            row.held_tokens - row.minute_held_tokens,
+            row.held_nano_usd - row.minute_held_nano_usd,
+        )
+        self.older = [sum(pair) for pair in zip(self.older, older, strict=True)]
+        self.drive(self.store.aclose())
+        self.store = self.drive.make(self.make, self.clock)
+        told = [
+            Remembered(
+                scope,
+                (row.hour, row.day, row.month),
+                (row.hour_nano_usd, row.day_nano_usd, row.month_nano_usd),
+                (row.minute_requests, row.minute_tokens, row.minute_nano_usd),
+            )
+            for scope, row in ((each, before[each.kind]) for each in SCOPES)
+        ]
+        live = [(number, each) for number, each in self.known.items() if each.state == "live"]
+        held = [Reservation(reservation_id(number), SCOPES, one.ask, LEASE_MS, one.on_lost) for number, one in live]  # type: ignore[arg-type]
+        for _, one in live:
+            one.lease_until = self.steady + LEASE_MS
+        for host in range(hosts):
+            self.drive(self.store.seed(told, 2000, held[host::hosts]))
+        assert isinstance(self.drive(self.store.balance(SCOPES)), Cold)
+        self.clock.now += 2000
+        self.steady += 2000
+        assert self.drive(self.store.seed(told, 2000, held)).wait_ms == 0
+        for each in self.known.values():
+            if each.state != "live":
+                each.state = "gone"
 
     def look(self) -> dict[str, Row]:
         found = self.drive(self.store.balance(SCOPES))
@@ -104,7 +144,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=numbers, share=st.integers(0, 4), twice=st.booleans())
     def settle(self, number: int, share: int, twice: bool) -> None:
         known = self.known.get(number := self.pick(number))
-        if known is None:
+        if known is None or known.state == "gone":
             return
         self.book_lost()
         ask = known.ask
@@ -164,9 +204,10 @@ class Machine(RuleBasedStateMachine):
         for scope in (TENANT, KEY):
             limits, row = scope.limits, rows[scope.kind]
             requests, tokens, nano_usd = self.late
-            within(row.minute_requests + row.minute_held_requests, limits.requests_per_minute, requests)
-            within(row.minute_tokens + row.minute_held_tokens, limits.tokens_per_minute, tokens)
-            within(row.minute_nano_usd + row.minute_held_nano_usd, limits.nano_usd_per_minute, nano_usd)
+            more = self.older
+            within(row.minute_requests + row.minute_held_requests, limits.requests_per_minute, requests + more[0])
+            within(row.minute_tokens + row.minute_held_tokens, limits.tokens_per_minute, tokens + more[1])
+            within(row.minute_nano_usd + row.minute_held_nano_usd, limits.nano_usd_per_minute, nano_usd + more[2])
             within(row.hour_nano_usd + row.held_nano_usd, limits.nano_usd_per_hour, nano_usd)
             within(row.day_nano_usd + row.held_nano_usd, limits.nano_usd_per_day, nano_usd)
             within(row.month_nano_usd + row.held_nano_usd, limits.nano_usd_per_month, nano_usd)
