@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -44,8 +44,9 @@ def create_admin(
     budgets: Callable[[str | None], Awaitable[Rows]],
     usage: Callable[[int, list[str]], Awaitable[Rows]],
     dimensions: Sequence[str],
+    more: Iterable[Callable[[FastAPI], None]] = (),
 ) -> FastAPI:
-    """`effective` gives the configuration in force, secrets masked.
+    """`more`: add further routes. `effective` gives the configuration in force, secrets masked.
 
     `budgets`: the figures of all scopes, or of a tenant's. `usage`: what was used in the last milliseconds, by some of
     `dimensions`."""
@@ -75,6 +76,8 @@ def create_admin(
         return effective()
 
     _add_budgets(app, budgets, usage, dimensions)
+    for add in more:
+        add(app)
     _add_errors(app)
     return app
 

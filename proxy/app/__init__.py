@@ -12,6 +12,7 @@ from functools import partial
 
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
+from proxy.app.circuits import CircuitDesk, circuits_of
 from proxy.app.upstreams import provider_of
 from proxy.budget.hold import Budget
 from proxy.catalog import Catalog
@@ -21,6 +22,7 @@ from proxy.config.settings import Settings
 from proxy.edge.asgi import App, Gateway, Side
 from proxy.edge.auth import AdminKeys, KeyedTenants, Keyless, is_loopback
 from proxy.edge.head import Limits
+from proxy.fault_tolerance.guard import Circuits, NoCircuits
 from proxy.observability.events import Bus, ConnectionRefused
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
@@ -45,6 +47,7 @@ class Running:
         providers: Mapping[str, Provider],
         executor: ThreadPoolExecutor,
         budget: Budget,
+        circuits: Circuits | NoCircuits,
     ) -> None:
         self.gateway = gateway
         self.side = side
@@ -54,12 +57,15 @@ class Running:
         self._providers = providers
         self._executor = executor
         self.budget = budget
+        self.circuits = circuits
 
     async def start(self) -> None:
         """Before anything is served."""
         self.budget.start()
+        self.circuits.start()
 
     async def aclose(self) -> None:
+        await self.circuits.aclose()
         await self.budget.aclose()
         await self.budget.access.store.aclose()
         for provider in self._providers.values():
@@ -78,6 +84,7 @@ def create_app(
     providers = {name: provider_of(name, one, scrubber) for name, one in settings.providers.items()}
     routing = Routing((Route(model.name, model.targets[0]) for model in settings.models), providers)
     budget = budget_of(settings, bus, Counter(executor=executor))
+    circuits = circuits_of(settings, bus, budget.access.store)
     pipeline = Pipeline(
         _tenants(settings, insecure),
         routing,
@@ -95,6 +102,7 @@ def create_app(
         lines_dropped=lines_dropped,
         degraded=lambda: budget.access.away,
         budgets=lambda: gauges_of(budget),
+        circuits=circuits.states,
     )
     budget.observe = metrics.estimated
     budget.refusals.count = metrics.budget_refused
@@ -106,7 +114,7 @@ def create_app(
         AdminKeys(key.get_secret_value() for key in settings.admin.keys),
         metrics_open=local or settings.observability.metrics_public,
         any_host=not local,
-        admin=lambda: _admin(loaded, budget, lambda: gateway.in_flight),
+        admin=lambda: _admin(loaded, budget, CircuitDesk(settings, circuits), lambda: gateway.in_flight),
     )
     gateway = Gateway(
         pipeline,
@@ -124,7 +132,7 @@ def create_app(
         write_seconds=listen.write_timeout_ms / 1000,
         keep_alive_seconds=listen.keep_alive_ms / 1000,
     )
-    return Running(gateway, side, limits, metrics, providers, executor, budget)
+    return Running(gateway, side, limits, metrics, providers, executor, budget, circuits)
 
 
 def refused_into(bus: Bus) -> Callable[[int, str], None]:
@@ -148,8 +156,9 @@ def _with_callers_key(settings: Settings) -> list[str]:
     ]
 
 
-def _admin(loaded: Loaded, budget: Budget, in_flight: Callable[[], int]) -> App:
+def _admin(loaded: Loaded, budget: Budget, desk: CircuitDesk, in_flight: Callable[[], int]) -> App:
     from proxy.admin.api import create_admin
+    from proxy.admin.circuits import add_circuits
 
     return create_admin(
         config_hash=loaded.hash,
@@ -158,4 +167,5 @@ def _admin(loaded: Loaded, budget: Budget, in_flight: Callable[[], int]) -> App:
         budgets=partial(budgets_shown, budget),
         usage=partial(used, budget),
         dimensions=DIMENSIONS,
+        more=(partial(add_circuits, shown=desk.shown, command=desk.command, known=desk.known),),
     )

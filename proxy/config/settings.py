@@ -12,6 +12,7 @@ from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LimitSetting
 from proxy.config.problems import render
 from proxy.config.references import findings
 from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
+from proxy.fault_tolerance.settings import FaultToleranceSettings
 from proxy.observability.settings import ObservabilitySettings
 from proxy.providers.settings import CLIENT, ProviderSettings
 from proxy.settings import Section
@@ -82,6 +83,8 @@ class Settings(Section):
     """What all tenants may spend together."""
     budget: BudgetSettings = Field(default_factory=lambda: UNWRITTEN)
     """What each tenant may spend. Written, it enforces; unwritten, it observes 40,000 tokens and 2 USD a minute."""
+    fault_tolerance: FaultToleranceSettings = FaultToleranceSettings()
+    """What happens when a provider fails: retries, the circuit breaker, the fallback."""
     observability: ObservabilitySettings = ObservabilitySettings()
     """Logs and metrics."""
 

@@ -16,6 +16,9 @@ from proxy.money import usd_text
 from proxy.observability import tracebacks
 from proxy.observability.events import (
     BudgetRefused,
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
     ConnectionRefused,
     InternalFault,
     Notice,
@@ -129,7 +132,7 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
         fields["warnings"] = event.warnings
 
 
-_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset)
+_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, CircuitOpened)
 
 
 def _level(event: Notice) -> str:
@@ -167,6 +170,8 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
         case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset():
             return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
+        case CircuitOpened() | CircuitHalfOpen() | CircuitClosed():
+            return msgspec.structs.asdict(event)
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
 
@@ -211,6 +216,14 @@ class FriendlyLog:
                 self._print(_GREEN, "store", f"back after {event.away:.1f} s, {event.replayed} settlements caught up")
             case StoreReset():
                 self._print(_YELLOW, "store", f"began again, with what is remembered of {event.scopes} scopes")
+            case CircuitOpened():
+                text = f"{event.provider}/{event.model} open by {event.scope}: {', '.join(event.why)}"
+                self._print(_RED, "circuit", text)
+            case CircuitHalfOpen():
+                self._print(_YELLOW, "circuit", f"{event.provider}/{event.model} is probed by one request")
+            case CircuitClosed():
+                text = f"{event.provider}/{event.model} closed after {event.open_seconds:.1f} s"
+                self._print(_GREEN, "circuit", text)
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -8,7 +8,7 @@ All keys begin with `{bw:<namespace>}`, and so share one slot of a cluster; afte
     epoch               the life of the store, and its steady clock         s:<kind>:<length>:<name>   a scope's windows
     leases              sorted set of live reservations by end of lease     r:<id>                     a reservation
     outbox              stream of records                                   u:<hour>[:<length>:<tenant>]   roll-ups
-    collects            while a cold store is seeded
+    collects            while a cold store is seeded            processes, circuits         see `redis_circuits`
 
 Names of tenants and keys come after their length, and ids are our own hexadecimal digits: no name, whatever it holds,
 makes the key of another. Answers are one packed string each: a letter, then 64-bit integers, little-endian.
@@ -56,6 +56,7 @@ from proxy.store.connection import Words
 from proxy.store.dial import Dialer
 from proxy.store.ledger import grouped, outbox_place, overflow, tally_values
 from proxy.store.link import Link, StateListener
+from proxy.store.redis_circuits import RedisCircuits
 from proxy.store.scripts import Scripts
 
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -126,6 +127,11 @@ class RedisStore:
         self._rollups = self._prefix + b"u:"
         self._common: Words = (self._reservations, tombstone_ms, records)
         self._prepared: dict[tuple[Scope, ...], _Prepared] = {}
+
+    @property
+    def circuits(self) -> RedisCircuits:
+        """The breaker's store on this store's connection. It ends with this store."""
+        return RedisCircuits(self._link, self._prefix, self._scripts, self._clock)
 
     # -- verbs -------------------------------------------------------------------------------------------------------
 

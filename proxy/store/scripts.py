@@ -13,6 +13,10 @@ _SHARED: Final = {
     "extend": ("windows", "reservations"),
     "balance": ("windows", "reservations"),
     "seed": ("windows",),
+    "circuit_report": ("circuits",),
+    "circuit_lease": ("circuits",),
+    "circuit_conclude": ("circuits",),
+    "circuit_command": ("circuits",),
 }
 
 
@@ -27,6 +31,10 @@ class Scripts:
         self.extend = self._add("extend")
         self.balance = self._add("balance")
         self.seed = self._add("seed")
+        self.report = self._add("circuit_report")
+        self.lease = self._add("circuit_lease")
+        self.conclude = self._add("circuit_conclude")
+        self.command = self._add("circuit_command")
 
     def _add(self, verb: str) -> bytes:
         folder = resources.files("proxy.store") / "lua"

@@ -1,0 +1,93 @@
+-- report: a process lives, has votes and probes, and hears what changed.
+-- ARGV[2] process, ARGV[3] for how long it counts as living (0: it leaves), ARGV[4] since when it wants to hear,
+-- ARGV[5] milliseconds of a lease, ARGV[6] votes: {name: [generation, open_ms, why, restores]},
+-- ARGV[7] probes: [[name, number], ...]
+local process, alive, since, lease_ms = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local votes, probes = cjson.decode(ARGV[6]), cjson.decode(ARGV[7])
+-- Removed first: with that a script may go on although memory is full.
+call('ZREMRANGEBYSCORE', KEYS[1], '-inf', format('%.0f', now))
+if alive > 0 then
+  call('ZADD', KEYS[1], format('%.0f', now + alive), process)
+else
+  call('ZREM', KEYS[1], process)
+end
+local names = call('ZRANGE', KEYS[1], 0, -1)
+local live = {}
+for index = 1, #names do live[names[index]] = true end
+
+local records, dirty = {}, {}
+local all = call('HGETALL', KEYS[2])
+for index = 1, #all, 2 do
+  local record = cjson.decode(all[index + 1])
+  records[all[index]], dirty[all[index]] = record, expire(record)
+end
+
+local lost = {}
+for index = 1, #probes do
+  local name, number = probes[index][1], probes[index][2]
+  local record = records[name]
+  if record and record.o == process and record.n == number then
+    record.e, dirty[name] = now + lease_ms, true
+  else
+    lost[#lost + 1] = probes[index]
+  end
+end
+
+for name, vote in pairs(votes) do
+  if not records[name] then
+    local record = fresh(vote[1])
+    if vote[4] ~= '' then
+      record.h = vote[4] == 'hand'
+      step(record, 'open')
+      record.u, record.w = now + vote[2], {[process] = vote[3]}
+    end
+    records[name], dirty[name] = record, true
+  end
+end
+
+local function vote_on(record, vote)
+  local kept, count, changed = {}, 0, false
+  if vote then catch_up(record, vote[1]) end
+  for who, why in pairs(record.v) do
+    if live[who] and who ~= process then
+      kept[who], count = why, count + 1
+    elseif who ~= process or not vote or vote[3] ~= why then
+      changed = true
+    end
+  end
+  local voted = record.v[process]
+  record.v = kept
+  if vote and vote[1] == record.g and record.s == 'closed' then
+    kept[process], count = vote[3], count + 1
+    changed = changed or voted ~= vote[3]
+    if count >= min(QUORUM, #names) then
+      record.k = (record.x >= 0 and now - record.x < FLAPS) and record.k + 1 or 0
+      record.u = now + grown(vote[2], record.k)
+      record.w, record.v = kept, {}
+      move(record, 'open')
+      return true
+    end
+  elseif voted then
+    changed = true
+  end
+  if changed then record.c = now end
+  return changed
+end
+
+local views = {}
+for name, record in pairs(records) do
+  local vote = votes[name]
+  if vote and vote[4] ~= '' then vote = nil end
+  if vote_on(record, vote) then dirty[name] = true end
+  if alive == 0 and record.o == process then
+    record.e, dirty[name] = now, true
+    expire(record)
+  end
+  if record.s == 'closed' and not next(record.v) and record.o == '' and now - record.c > KEPT then
+    call('HDEL', KEYS[2], name)
+  else
+    if dirty[name] then keep(name, record) end
+    if record.c >= since or record.s ~= 'closed' or next(record.v) or record.o ~= '' then views[name] = record end
+  end
+end
+return cjson.encode({now = now, live = #names, lost = lost, views = views})
