@@ -147,6 +147,10 @@ class Circuits:
     async def aclose(self) -> None:
         await self._keeper.aclose()
 
+    async def sync(self) -> None:
+        """Exchanges news with the fleet now; `start` does so all the time."""
+        await self._keeper.round()
+
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def admit(self, provider: str, model: str) -> Permit | None:

@@ -152,16 +152,20 @@ class Keeper:
 
     # -- the fleet ---------------------------------------------------------------------------------------------------
 
+    async def round(self) -> None:
+        """One exchange with the fleet. Raises nothing."""
+        try:
+            self._expire()
+            await self._conclude()
+            await self._report()
+        except StoreUnavailable:
+            pass  # its owner says so; every circuit goes on by itself
+        except Exception as error:  # The circuits of this process must not fall out of step for good.
+            self._fault(error)
+
     async def _tend(self) -> None:
         while True:
-            try:
-                self._expire()
-                await self._conclude()
-                await self._report()
-            except StoreUnavailable:
-                pass  # its owner says so; every circuit goes on by itself
-            except Exception as error:  # The circuits of this process must not fall out of step for good.
-                self._fault(error)
+            await self.round()
             with suppress(TimeoutError):
                 async with asyncio.timeout(BUSY_SECONDS if self._is_busy() else CALM_SECONDS):
                     await self._wake.wait()

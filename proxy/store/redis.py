@@ -8,7 +8,7 @@ All keys begin with `{bw:<namespace>}`, and so share one slot of a cluster; afte
     epoch               the life of the store, and its steady clock         s:<kind>:<length>:<name>   a scope's windows
     leases              sorted set of live reservations by end of lease     r:<id>                     a reservation
     outbox              stream of records                                   u:<hour>[:<length>:<tenant>]   roll-ups
-    collects            while a cold store is seeded            processes, circuits         see `redis_circuits`
+    collects            while a cold store is seeded           circuits, circuit-processes   see `redis_circuits`
 
 Names of tenants and keys come after their length, and ids are our own hexadecimal digits: no name, whatever it holds,
 makes the key of another. Answers are one packed string each: a letter, then 64-bit integers, little-endian.

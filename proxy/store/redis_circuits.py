@@ -1,6 +1,6 @@
 """The breaker's store that all replicas share: one Lua script a verb, on the connection of the store of budgets.
 
-Beside the keys of budgets, under the same tag: `processes`, a sorted set of who lives, and `circuits`, a hash of
+Beside the keys of budgets, under the same tag: `circuit-processes`, a sorted set of who lives, and `circuits`, a hash of
 records by `provider/model` (no name of a provider has a slash). The time is the server's own.
 """
 
@@ -70,7 +70,7 @@ class RedisCircuits:
         self._link = link
         self._scripts = scripts
         self._clock = clock
-        self._keys = (prefix + b"processes", prefix + b"circuits")
+        self._keys = (prefix + b"circuit-processes", prefix + b"circuits")
 
     async def report(
         self, process: str, votes: Sequence[Vote], probes: Sequence[Probe], since_ms: int, *, alive_ms: int = ALIVE_MS
