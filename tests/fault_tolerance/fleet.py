@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -72,10 +71,8 @@ class Flight:
 
 
 class Process:
-    _names = itertools.count()
-
-    def __init__(self, store: BreakerStore, time: Time, **rules: Any) -> None:
-        self.name = f"process-{next(self._names)}"
+    def __init__(self, store: BreakerStore, time: Time, number: int = 0, **rules: Any) -> None:
+        self.name = f"process-{number}"
         self.store = Away(store)
         self.events: list[Notice] = []
         rules = {"threshold": 5, "recovery": RECOVERY, **rules}

@@ -38,7 +38,8 @@ class Fleet(RuleBasedStateMachine):
         self.time = Time()
         self.redis: RedisStore | None = None
         self.store: BreakerStore = self.run(self._open())
-        self.processes = [Process(self.store, self.time) for _ in range(PROCESSES)]
+        self.born = PROCESSES
+        self.processes = [Process(self.store, self.time, number) for number in range(PROCESSES)]
         self.healthy = True
         self.by_hand = False
 
@@ -113,7 +114,22 @@ class Fleet(RuleBasedStateMachine):
 
     @rule(who=which)
     def it_dies(self, who: int) -> None:
-        self.processes[who] = Process(self.store, self.time)
+        self.processes[who] = Process(self.store, self.time, self.born)
+        self.born += 1
+
+    @rule(who=which)
+    def an_outage_comes_and_goes(self, who: int) -> None:
+        """What long chances would bring about: requests that outlive an open and a closed circuit."""
+        process = self.processes[who]
+
+        async def go() -> None:
+            await process.begin()
+            await process.fail(5)
+            self.time.ms += 17_000
+            await process.circuits.sync()
+            await process.request()
+
+        self.run(go())
 
     @rule(who=which, action=st.sampled_from(("open", "reset", "reset")))
     def by_an_operator(self, who: int, action: Any) -> None:
