@@ -36,6 +36,9 @@ EARLY_MS: Final = 1000
 """At least this much between a probe before its time and the one before it, in the whole fleet."""
 QUORUM: Final = 2
 """Processes that must have opened a circuit until the fleet's opens; one, where only one lives."""
+SETTLED_MS: Final = 1000
+"""How long a process must have lived before it is believed to live alone: after an outage of the store every one of
+them is the first to come back."""
 KEPT_MS: Final = 3_600_000
 """How long a record is kept that is closed and says nothing more."""
 

@@ -279,7 +279,7 @@ class Circuit:
             return self._move("open" if view.by_hand else "vote", due=due, why=view.why)
         if first:
             return None  # it was closed before we looked: that is no news about what we have seen since
-        return self._move("healed", why=view.why)
+        return self._move("reset" if view.why else "healed", why=view.why)  # only a reset is somebody's word
 
     def force(self, *, opened: bool) -> Change | None:
         """By hand, where the fleet cannot be told."""

@@ -9,10 +9,11 @@ they rise even over a store that lost everything.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from proxy.fault_tolerance.base import (
     EARLY_MS,
     KEPT_MS,
-    QUORUM,
     Action,
     Granted,
     Outcome,
@@ -72,7 +73,7 @@ class Record:
         self.due = now + vote.open_ms
         self.why = {process: vote.why}
 
-    def vote(self, process: str, vote: Vote | None, live: set[str], now: int) -> None:
+    def vote(self, process: str, vote: Vote | None, live: Container[str], quorum: int, now: int) -> None:
         """What `process` says; None: nothing, any more. Votes of processes that do not live any more count no more."""
         before = dict(self.votes)
         if vote is not None:
@@ -80,7 +81,7 @@ class Record:
         self.votes = {who: why for who, why in self.votes.items() if who in live and who != process}
         if vote is not None and vote.generation == self.generation and self.state == "closed":
             self.votes[process] = vote.why
-            if len(self.votes) >= min(QUORUM, len(live)):
+            if len(self.votes) >= quorum:
                 recent = self.closed_at >= 0 and now - self.closed_at < FLAPS_SECONDS * 1000
                 self.reopened = self.reopened + 1 if recent else 0
                 self.due = now + grown(vote.open_ms, self.reopened)

@@ -175,7 +175,7 @@ class CircuitClosed(msgspec.Struct, frozen=True, kw_only=True):
     mode: str
     was: str
     cause: str
-    """success: a probe of this process; healed: one of another, or a reset there; reset: by hand, here alone."""
+    """success: a probe of this process; healed: one of another process; reset: by hand."""
     open_seconds: float
 
 

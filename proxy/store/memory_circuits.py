@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from proxy.fault_tolerance.base import (
     ALIVE_MS,
     LEASE_MS,
+    QUORUM,
+    SETTLED_MS,
     Action,
     Granted,
     Outcome,
@@ -26,14 +28,17 @@ class MemoryCircuits:
     def __init__(self, *, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
         self._clock = clock
         self._records: dict[Place, Record] = {}
-        self._processes: dict[str, int] = {}
+        self._processes: dict[str, tuple[int, int]] = {}
+        """When each came, and when it is given up."""
 
     async def report(
         self, process: str, votes: Sequence[Vote], probes: Sequence[Probe], since_ms: int, *, alive_ms: int = ALIVE_MS
     ) -> Report:
         now = self._clock()
-        self._processes[process] = now + alive_ms
-        self._processes = {who: until for who, until in self._processes.items() if until > now}
+        self._processes = {who: life for who, life in self._processes.items() if life[1] > now}
+        came, _ = self._processes.pop(process, (now, 0))
+        if alive_ms:
+            self._processes[process] = (came, now + alive_ms)
         for record in self._records.values():
             record.expire(now)
         lost = tuple(probe for probe in probes if not self._renew(process, probe, now))
@@ -43,11 +48,12 @@ class MemoryCircuits:
                 record = self._records[place] = Record(place, vote.generation)
                 if vote.restores:
                     record.restore(vote, process, now)
-        live = set(self._processes)
+        live = self._processes
+        quorum = 1 if len(live) == 1 and now - came >= SETTLED_MS else QUORUM
         views = []
         for place, record in list(self._records.items()):
             own = said.get(place)
-            record.vote(process, own if own is not None and not own.restores else None, live, now)
+            record.vote(process, own if own is not None and not own.restores else None, live, quorum, now)
             if not alive_ms and record.owner == process:
                 record.probe_until = now
                 record.expire(now)

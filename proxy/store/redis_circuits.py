@@ -1,6 +1,6 @@
 """The breaker's store that all replicas share: one Lua script a verb, on the connection of the store of budgets.
 
-Beside the keys of budgets, under the same tag: `circuit-processes`, a sorted set of who lives, and `circuits`, a hash of
+Beside the keys of budgets, under the same tag: `circuit-processes`, a hash of who lives, and `circuits`, a hash of
 records by `provider/model` (no name of a provider has a slash). The time is the server's own.
 """
 

@@ -52,7 +52,9 @@ STEPS = st.lists(
             st.sampled_from(("success", "failure", "lost")),
         ),
         st.tuples(st.just("command"), st.sampled_from(PLACES), st.sampled_from(("open", "reset"))),
-        st.tuples(st.just("lose"),),
+        st.tuples(
+            st.just("lose"),
+        ),
     ),
     max_size=40,
 )
@@ -107,9 +109,7 @@ class Side:
         number = self.numbers.get((place, process), 7)
         number = {"mine": number, "old": max(number - 1, 1), "zero": 0}[which]
         return self.drive(
-            self.store.conclude(
-                place, process, number, outcome, open_ms=700, generation=self.generations[place]
-            )
+            self.store.conclude(place, process, number, outcome, open_ms=700, generation=self.generations[place])
         )
 
     def command(self, place: Any, action: Any) -> View:

@@ -141,6 +141,6 @@ def unresolved() -> ProxyError:
 
 async def settled() -> None:
     """Waits for what runs beside: questions to the store."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    if others:
-        await asyncio.wait(others, timeout=10)
+    asking = [task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__name__", "") == "_ask"]
+    if asking:
+        await asyncio.wait(asking, timeout=10)

@@ -4,8 +4,7 @@
 local name, process, generation = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local early, lease_ms = ARGV[5] == '1', tonumber(ARGV[6])
 local record = load(name) or fresh(generation)
-local changed = expire(record)
-catch_up(record, generation)
+local expired, caught_up = expire(record), catch_up(record, generation)
 if record.o == process then
   record.e = now + lease_ms
   keep(name, record)
@@ -13,7 +12,7 @@ if record.o == process then
 end
 local waits = early and now < record.l + EARLY or not early and record.s == 'open' and now < record.u
 if record.o ~= '' or record.h or generation ~= record.g or waits then
-  if changed then keep(name, record) end
+  if expired or caught_up then keep(name, record) end
   return answer(record)
 end
 record.o, record.n, record.e = process, max(record.n + 1, now), now + lease_ms

@@ -5,15 +5,23 @@
 local process, alive, since, lease_ms = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local votes, probes = cjson.decode(ARGV[6]), cjson.decode(ARGV[7])
 -- Removed first: with that a script may go on although memory is full.
-call('ZREMRANGEBYSCORE', KEYS[1], '-inf', format('%.0f', now))
-if alive > 0 then
-  call('ZADD', KEYS[1], format('%.0f', now + alive), process)
-else
-  call('ZREM', KEYS[1], process)
+local came, live, count_live = now, {}, 0
+local lives = call('HGETALL', KEYS[1])
+for index = 1, #lives, 2 do
+  local since_then, till = string.match(lives[index + 1], '(%d+) (%d+)')
+  local lives_on = tonumber(till) > now
+  if lives_on and lives[index] == process then came = tonumber(since_then) end
+  if lives_on and lives[index] ~= process then
+    live[lives[index]], count_live = true, count_live + 1
+  else
+    call('HDEL', KEYS[1], lives[index])
+  end
 end
-local names = call('ZRANGE', KEYS[1], 0, -1)
-local live = {}
-for index = 1, #names do live[names[index]] = true end
+if alive > 0 then
+  call('HSET', KEYS[1], process, format('%.0f %.0f', came, now + alive))
+  live[process], count_live = true, count_live + 1
+end
+local quorum = (count_live == 1 and now - came >= SETTLED) and 1 or QUORUM
 
 local records, dirty = {}, {}
 local all = call('HGETALL', KEYS[2])
@@ -47,7 +55,7 @@ end
 
 local function vote_on(record, vote)
   local kept, count, changed = {}, 0, false
-  if vote then catch_up(record, vote[1]) end
+  local caught_up = vote and catch_up(record, vote[1])
   for who, why in pairs(record.v) do
     if live[who] and who ~= process then
       kept[who], count = why, count + 1
@@ -60,7 +68,7 @@ local function vote_on(record, vote)
   if vote and vote[1] == record.g and record.s == 'closed' then
     kept[process], count = vote[3], count + 1
     changed = changed or voted ~= vote[3]
-    if count >= min(QUORUM, #names) then
+    if count >= quorum then
       record.k = (record.x >= 0 and now - record.x < FLAPS) and record.k + 1 or 0
       record.u = now + grown(vote[2], record.k)
       record.w, record.v = kept, {}
@@ -71,7 +79,7 @@ local function vote_on(record, vote)
     changed = true
   end
   if changed then record.c = now end
-  return changed
+  return changed or caught_up
 end
 
 local views = {}
@@ -90,4 +98,4 @@ for name, record in pairs(records) do
     if record.c >= since or record.s ~= 'closed' or next(record.v) or record.o ~= '' then views[name] = record end
   end
 end
-return cjson.encode({now = now, live = #names, lost = lost, views = views})
+return cjson.encode({now = now, live = count_live, lost = lost, views = views})

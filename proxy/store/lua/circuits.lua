@@ -1,14 +1,14 @@
 -- What the verbs of circuits share: the time, and the record of one circuit. The same steps as proxy/fault_tolerance/
 -- fleet.py, where the words stand and the reasons.
 --
---   KEYS[1] sorted set of processes by when they count as gone, KEYS[2] hash of records by provider/model
+--   KEYS[1] hash of processes: when each came and when it is given up, KEYS[2] hash of records by provider/model
 --   ARGV[1] wall milliseconds, or 0 for the server's own
 --
 -- A record is JSON: s state, g generation, c changed, u due, k reopened, x closed at, h by hand, w why, v votes,
 -- o owner of the probe, n its number, e when its lease ends, p its generation, l when the last probe began. A verb
 -- answers with the record, or with an object of its own, and always with the time: times leave the store as spans.
 local call, max, min, floor, format = redis.call, math.max, math.min, math.floor, string.format
-local FLAPS, EARLY, KEPT, QUORUM = 60000, 1000, 3600000, 2
+local FLAPS, EARLY, KEPT, QUORUM, SETTLED = 60000, 1000, 3600000, 2, 1000
 local GROWTH, MOST = 1.25, 1.6
 
 local now = tonumber(ARGV[1])
@@ -59,7 +59,9 @@ end
 
 -- The store lost the record, and somebody who knew less than this process began it anew.
 local function catch_up(record, generation)
-  if record.s == 'closed' and generation > record.g then record.g = generation end
+  if record.s ~= 'closed' or generation <= record.g then return false end
+  record.g = generation
+  return true
 end
 
 local function answer(record)
