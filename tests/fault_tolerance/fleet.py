@@ -97,8 +97,7 @@ class Process:
     @property
     def state(self) -> str:
         """Its own: half open where it has the probe."""
-        states = {place: state for place, state in self.circuits.states().items()}
-        return {0: "closed", 1: "half_open", 2: "open"}[int(states.get(PLACE, 0))]
+        return {0: "closed", 1: "half_open", 2: "open"}[int(self.circuits.states().get(PLACE, 0))]
 
     async def begin(self, *, last: bool = False) -> Flight | None:
         permit = self.circuits.admit(*PLACE)

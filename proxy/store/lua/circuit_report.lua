@@ -26,8 +26,12 @@ local quorum = (count_live == 1 and now - came >= SETTLED) and 1 or QUORUM
 local records, dirty = {}, {}
 local all = call('HGETALL', KEYS[2])
 for index = 1, #all, 2 do
-  local record = cjson.decode(all[index + 1])
-  records[all[index]], dirty[all[index]] = record, expire(record)
+  local record = read(all[index + 1])
+  if record then
+    records[all[index]], dirty[all[index]] = record, expire(record)
+  else
+    call('HDEL', KEYS[2], all[index])
+  end
 end
 
 local lost = {}

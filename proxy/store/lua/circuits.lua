@@ -22,9 +22,15 @@ local function fresh(generation)
     o = '', n = 0, e = 0, p = 0, l = 0}
 end
 
+-- What cannot be read is no record: a circuit is nothing that could not be found out again.
+local function read(raw)
+  local readable, record = pcall(cjson.decode, raw)
+  return readable and type(record) == 'table' and record.s and record or nil
+end
+
 local function load(name)
   local raw = call('HGET', KEYS[2], name)
-  return raw and cjson.decode(raw)
+  return raw and read(raw)
 end
 
 local function keep(name, record)
