@@ -10,6 +10,7 @@ they rise even over a store that lost everything.
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Final
 
 from proxy.fault_tolerance.base import (
     EARLY_MS,
@@ -22,6 +23,8 @@ from proxy.fault_tolerance.base import (
     Vote,
 )
 from proxy.fault_tolerance.breaker import FLAPS_SECONDS, Happening, State, after, grown
+
+STEPS_MS: Final = 1000
 
 
 class Record:
@@ -134,6 +137,10 @@ class Record:
             self._step("lost", now)
 
     def expire(self, now: int) -> None:
+        if now < self.changed - STEPS_MS:
+            # The store's clock went back: what was to last for seconds must not last for as long as it went back.
+            self.probe_until = self.due = self.last_probe = 0
+            self.changed = now
         if self.owner and now >= self.probe_until:
             self.owner = ""
             self._step("time", now)

@@ -20,6 +20,7 @@ from proxy.fault_tolerance.base import (
     ALIVE_MS,
     EARLY_MS,
     LEASE_MS,
+    Action,
     BreakerStore,
     Granted,
     Outcome,
@@ -101,14 +102,17 @@ class Keeper:
         self._conclusions.append(conclusion)
         self._wake.set()
 
-    async def command(self, circuit: Circuit, action: str) -> bool:
+    async def command(self, circuit: Circuit, action: Action) -> bool:
         """By hand, for the whole fleet; False where the store is away and it holds for this process alone."""
+        opened = action == "open"
         try:
-            view = await self._store.command(circuit.place, "open" if action == "open" else "reset", self._process)
+            view = await self._store.command(circuit.place, action, self._process)
         except StoreUnavailable:
-            self._tell(circuit.force(opened=action == "open"))
+            self._tell(circuit.force(opened=opened))
             return False
         self._tell(circuit.adopt(view))
+        if opened != (circuit.state != "closed"):
+            self._tell(circuit.force(opened=opened))  # it was this process's alone
         return True
 
     # -- the probe ---------------------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from proxy.fault_tolerance.base import (
     View,
     Vote,
 )
-from proxy.fault_tolerance.fleet import Record
+from proxy.fault_tolerance.fleet import STEPS_MS, Record
 
 
 class MemoryCircuits:
     """`BreakerStore` in memory. `clock` reads milliseconds. Bounded by the number of circuits and processes."""
 
-    def __init__(self, *, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+    def __init__(self, *, clock: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000) -> None:
         self._clock = clock
         self._records: dict[Place, Record] = {}
         self._processes: dict[str, tuple[int, int]] = {}
@@ -79,12 +79,15 @@ class MemoryCircuits:
     ) -> View:
         now = self._clock()
         record = self._records.get(place) or Record(place, generation)
+        if now < record.changed - STEPS_MS:
+            record.expire(now)
         record.conclude(process, number, outcome, open_ms, generation, now)
         return record.view(now)
 
     async def command(self, place: Place, action: Action, who: str) -> View:
         now = self._clock()
         record = self._record(place, 0)
+        record.expire(now)
         record.command(action, who, now)
         return record.view(now)
 

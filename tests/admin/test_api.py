@@ -49,9 +49,9 @@ async def test_the_configuration_in_force_without_its_secrets() -> None:
 async def test_its_description_names_every_route() -> None:
     async with stack(CONFIG) as running, client(running) as admin:
         paths = (await admin.get("/admin/openapi.json")).json()["paths"]
-        assert set(paths) == {f"/admin/{name}" for name in ("status", "config", "budgets", "budgets/{tenant}", "usage")}
-        assert all(route["get"]["summary"] for route in paths.values())
-        assert all(route["get"]["description"] for route in paths.values())
+        names = ("status", "config", "budgets", "budgets/{tenant}", "usage", "circuits", "circuits/{provider}/{model}")
+        assert set(paths) == {f"/admin/{name}" for name in names}
+        assert all(verb["summary"] and verb["description"] for route in paths.values() for verb in route.values())
 
 
 @pytest.mark.parametrize(

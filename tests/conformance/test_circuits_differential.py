@@ -20,7 +20,7 @@ PLACES = (("openai", "gpt-4o"), ("backup", "meta/llama"))
 
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("wait"), st.sampled_from((1, 250, 999, 1000, 3000, 5000, 61_000, 3_700_000))),
+        st.tuples(st.just("wait"), st.sampled_from((1, 250, 999, 1000, 3000, 5000, 61_000, 3_700_000, -999, -5000))),
         st.tuples(
             st.just("report"),
             st.sampled_from(PROCESSES),

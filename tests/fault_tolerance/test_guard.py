@@ -225,6 +225,24 @@ async def test_after_an_outage_of_the_store_one_vote_is_still_one_vote(fleet: li
     assert [process.state for process in fleet] == ["open", "closed", "closed", "closed"]
 
 
+async def test_a_store_whose_clock_went_back_holds_nobody_up(fleet: list[Process], time: Time) -> None:
+    wall = [time.ms]
+    store = MemoryCircuits(clock=lambda: wall[0])
+    for process in fleet:
+        process.store.store = store
+    await all_sync(fleet)
+    await fleet[0].fail(5)
+    await fleet[1].fail(5)
+    await all_sync(fleet)
+    await all_sync(fleet)
+    wall[0] -= 3_600_000
+    await all_sync(fleet)
+    assert await fleet[2].request(), "an hour back is not an hour more to wait"
+    await all_sync(fleet)
+    await all_sync(fleet)
+    assert [process.state for process in fleet] == ["closed"] * 4
+
+
 # -- without the store -----------------------------------------------------------------------------------------------
 
 
@@ -385,6 +403,19 @@ async def test_by_hand(fleet: list[Process]) -> None:
     assert (row["state"], row["scope"]) == ("closed", None)
     await one.circuits.sync()
     assert all([await one.request() for _ in range(20)]), "no ramp after a reset"
+    one.store.cut = "before"
+    await one.circuits.command(*PLACE, "open")
+    one.store.cut = ""
+    assert (await one.circuits.command(*PLACE, "reset"))["state"] == "closed"
+
+
+async def test_by_hand_where_the_fleet_never_heard_of_it(fleet: list[Process]) -> None:
+    one = fleet[0]
+    one.store.cut = "before"
+    await one.circuits.command(*PLACE, "open")
+    one.store.cut = ""
+    assert (await one.circuits.command(*PLACE, "reset"))["state"] == "closed"
+    assert one.moves() == ["circuit.opened", "circuit.closed"]
 
 
 async def test_circuits_have_a_bound(store: BreakerStore, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ local name, process, number, outcome = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV
 local open_ms, generation = tonumber(ARGV[6]), tonumber(ARGV[7])
 local record = load(name)
 if not record then return answer(fresh(generation)) end
+if now < record.c - 1000 and expire(record) then keep(name, record) end
 if number == 0 then
   if outcome == 'success' and generation == record.g and record.s ~= 'closed' and not record.h then
     close(record)

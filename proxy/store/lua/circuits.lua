@@ -56,8 +56,11 @@ local function close(record)
 end
 
 -- A probe that nobody has any more leaves an open circuit open, and a closed one closed.
+-- Where the clock went back, what was to last for seconds must not last for as long as that.
 local function expire(record)
-  if record.o == '' or now < record.e then return false end
+  local stepped = now < record.c - 1000
+  if stepped then record.e, record.u, record.l, record.c = 0, 0, 0, now end
+  if record.o == '' or now < record.e then return stepped end
   record.o = ''
   step(record, record.s == 'closed' and 'closed' or 'open')
   return true
