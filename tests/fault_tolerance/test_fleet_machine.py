@@ -167,6 +167,8 @@ class Fleet(RuleBasedStateMachine):
             for flight in list(process.flights):
                 process.end(flight, None)
         for process in self.processes:
+            await process.circuits.sync()
+        for process in self.processes:  # what an operator opened, only an operator closes
             await process.circuits.command(*PLACE, "reset") if process.row.get("scope") == "hand" else None
         for _ in range(0, BOUND_MS, 250):
             self.time.ms += 250
