@@ -167,6 +167,8 @@ class UpstreamError(ProxyError):
     type = "upstream_error"
     code = "upstream_unavailable"
     status = 503
+    local_origin: bool = False
+    """May just as well be this machine's own trouble: no evidence for the other processes."""
 
 
 class UpstreamUnavailable(UpstreamError):
@@ -176,6 +178,8 @@ class UpstreamUnavailable(UpstreamError):
 
 class ConnectFailed(UpstreamUnavailable):
     """`reason`: dns, refused, tls, timeout, pool (no slot came free in time), network. No request byte was written."""
+
+    local_origin = True
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)

@@ -12,6 +12,7 @@ from functools import partial
 
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, measure, readiness_of, used_here
+from proxy.app.circuits import CircuitDesk, circuits_of
 from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
 from proxy.app.ledger import Ledger, ledger_of
 from proxy.app.owners import ownership_of
@@ -27,6 +28,7 @@ from proxy.edge.auth import AdminKeys, Keyless, is_loopback
 from proxy.edge.follow import KeyFollower
 from proxy.edge.head import Limits
 from proxy.edge.settings import ListenSettings
+from proxy.fault_tolerance.guard import Circuits, NoCircuits
 from proxy.observability.events import Bus, ConnectionRefused
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
@@ -53,6 +55,7 @@ class Running:
         follower: KeyFollower | None,
         owners: Owners,
         ledger: Ledger,
+        circuits: Circuits | NoCircuits,
     ) -> None:
         self.gateway = gateway
         self.side = side
@@ -65,17 +68,20 @@ class Running:
         self._follower = follower
         self._owners = owners
         self._ledger = ledger
+        self.circuits = circuits
 
     async def start(self) -> None:
         """Before anything is served."""
         await self._ledger.start()
         self.budget.start()
+        self.circuits.start()
         if self._follower is not None:
             await self._follower.start()
 
     async def aclose(self) -> None:
         if self._follower is not None:
             await self._follower.aclose()
+        await self.circuits.aclose()
         await self.budget.aclose()
         await self._owners.aclose()
         await self._ledger.aclose()
@@ -102,6 +108,7 @@ def create_app(
     owners = Owners(
         ownership_of(budget.access.store), strict=bool(settings.tenants), providers=providers, emit=bus.emit
     )
+    circuits = circuits_of(settings, bus, budget.access.store)
     pipeline = Pipeline(
         door if settings.tenants else Keyless(any_host=insecure),
         routing,
@@ -120,6 +127,7 @@ def create_app(
         lines_dropped=lines_dropped,
         degraded=lambda: budget.access.away,
         budgets=lambda: gauges_of(budget),
+        circuits=circuits.states,
     )
     measure(budget, metrics)
     bus.subscribe(metrics)
@@ -131,7 +139,9 @@ def create_app(
         AdminKeys(key.get_secret_value() for key in settings.admin.keys),
         metrics_open=local or settings.observability.metrics_public,
         any_host=not local,
-        admin=lambda: _admin(loaded, budget, Keys(registry, names), lambda: gateway.in_flight),
+        admin=lambda: _admin(
+            loaded, budget, Keys(registry, names), CircuitDesk(settings, circuits), lambda: gateway.in_flight
+        ),
         store=readiness_of(settings, budget),
     )
     gateway = Gateway(
@@ -144,7 +154,9 @@ def create_app(
         clock=clock,
     )
     ledger = ledger_of(settings, budget.access.store, bus)
-    return Running(gateway, side, _limits(listen), metrics, providers, executor, budget, follower, owners, ledger)
+    return Running(
+        gateway, side, _limits(listen), metrics, providers, executor, budget, follower, owners, ledger, circuits
+    )
 
 
 def _limits(listen: ListenSettings) -> Limits:
@@ -168,8 +180,9 @@ def _with_callers_key(settings: Settings) -> list[str]:
     ]
 
 
-def _admin(loaded: Loaded, budget: Budget, keys: Keys, in_flight: Callable[[], int]) -> App:
+def _admin(loaded: Loaded, budget: Budget, keys: Keys, desk: CircuitDesk, in_flight: Callable[[], int]) -> App:
     from proxy.admin.api import create_admin
+    from proxy.admin.circuits import add_circuits
     from proxy.admin.keys import add_keys
 
     admin = create_admin(
@@ -179,6 +192,7 @@ def _admin(loaded: Loaded, budget: Budget, keys: Keys, in_flight: Callable[[], i
         budgets=partial(budgets_shown, budget),
         usage=partial(used_here, budget),
         usage_csv=as_csv,
+        more=(partial(add_circuits, shown=desk.shown, command=desk.command, known=desk.known),),
     )
     add_keys(admin, AdministeredKeys(keys))
     return admin

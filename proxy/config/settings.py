@@ -11,6 +11,7 @@ from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LedgerSettin
 from proxy.config.problems import render
 from proxy.config.references import findings
 from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
+from proxy.fault_tolerance.settings import FaultToleranceSettings
 from proxy.observability.settings import ObservabilitySettings
 from proxy.providers.settings import CLIENT, ProviderSettings
 from proxy.settings import Section
@@ -84,6 +85,8 @@ class Settings(Section):
     """What each tenant may spend. Written, it enforces; unwritten, it observes 40,000 tokens and 2 USD a minute."""
     ledger: LedgerSettings = LedgerSettings()
     """The record of what was spent."""
+    fault_tolerance: FaultToleranceSettings = FaultToleranceSettings()
+    """What happens when a provider fails: retries, the circuit breaker, the fallback."""
     observability: ObservabilitySettings = ObservabilitySettings()
     """Logs and metrics."""
 

@@ -227,6 +227,48 @@ class LedgerRestored(msgspec.Struct, frozen=True, kw_only=True):
     """False: there was not enough time, or a file could not be read; windows may be below what was spent."""
 
 
+class CircuitOpened(msgspec.Struct, frozen=True, kw_only=True):
+    """A target is left alone from now on; or (`was` open) another authority says so now."""
+
+    event: ClassVar[str] = "circuit.opened"
+
+    provider: str
+    model: str
+    """A configured name or glob, or `other`."""
+    mode: str
+    was: str
+    """closed, half_open or open."""
+    scope: str
+    """Who decided: `process` (this one, by what it saw), `fleet` (enough processes voted), `hand` (an operator)."""
+    why: tuple[str, ...]
+    """Who voted and why: `PROCESS: REASON`."""
+    open_ms: int
+    """Until it may be probed; 0 for one that was opened by hand, which waits for a reset."""
+
+
+class CircuitHalfOpen(msgspec.Struct, frozen=True, kw_only=True):
+    """This process was granted the one probe."""
+
+    event: ClassVar[str] = "circuit.half_open"
+
+    provider: str
+    model: str
+    mode: str
+    was: str
+
+
+class CircuitClosed(msgspec.Struct, frozen=True, kw_only=True):
+    event: ClassVar[str] = "circuit.closed"
+
+    provider: str
+    model: str
+    mode: str
+    was: str
+    cause: str
+    """success: a probe of this process; healed: one of another process; reset: by hand."""
+    open_seconds: float
+
+
 class ServerStarted(msgspec.Struct, frozen=True, kw_only=True):
     event: ClassVar[str] = "server.started"
 
@@ -283,6 +325,9 @@ Notice = (
     | LedgerStalled
     | LedgerResumed
     | LedgerRestored
+    | CircuitOpened
+    | CircuitHalfOpen
+    | CircuitClosed
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

@@ -16,6 +16,9 @@ from proxy.money import usd_text
 from proxy.observability import tracebacks
 from proxy.observability.events import (
     BudgetRefused,
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
     ConnectionRefused,
     InternalFault,
     KeysFollowed,
@@ -140,7 +143,7 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
 
 _WARNINGS: Final = (
     RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, StoreMisconfigured, SettlementsLost,
-    LedgerStalled, KeysLost, KeysStale, OwnershipLost,
+    LedgerStalled, KeysLost, KeysStale, OwnershipLost, CircuitOpened,
 )  # fmt: skip
 
 
@@ -181,7 +184,7 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
         case KeysFollowed():
             return {"stale_ms": _ms(event.stale)}
-        case LedgerStalled() | LedgerRestored():
+        case LedgerStalled() | LedgerRestored() | CircuitOpened() | CircuitHalfOpen() | CircuitClosed():
             return msgspec.structs.asdict(event)
         case LedgerResumed():
             return {"file": event.file, "away_ms": _ms(event.away), "gap": event.gap}
@@ -250,6 +253,14 @@ class FriendlyLog:
                 self._print(_GREEN, "ledger", f"is written again after {event.away:.1f} s: {event.file}")
             case LedgerRestored():
                 self._print(_GREY, "ledger", f"{event.records} records of this month were found in {event.file}")
+            case CircuitOpened():
+                text = f"{event.provider}/{event.model} open by {event.scope}: {', '.join(event.why)}"
+                self._print(_RED, "circuit", text)
+            case CircuitHalfOpen():
+                self._print(_YELLOW, "circuit", f"{event.provider}/{event.model} is probed by one request")
+            case CircuitClosed():
+                text = f"{event.provider}/{event.model} closed after {event.open_seconds:.1f} s"
+                self._print(_GREEN, "circuit", text)
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -20,6 +20,9 @@ from canaries import ALL, ENCODINGS, Canary, base64s, leaks
 from proxy.errors import UpstreamBroken
 from proxy.observability.events import (
     Bus,
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
     ConnectionRefused,
     InternalFault,
     RequestFinished,
@@ -195,6 +198,22 @@ def test_the_rarer_events(sink: Sink) -> None:
         {"event": "server.draining", "level": "info", "in_flight": 3, **ts},
         {"event": "server.stopped", "level": "info", "uptime_ms": 12340.0, "cut": 1, **ts},
     ]  # fmt: skip
+
+
+def test_circuits(sink: Sink) -> None:
+    place = {"provider": "openai", "model": "gpt-4o", "mode": "enforce"}
+    opened = CircuitOpened(was="closed", scope="fleet", why=("a:1: upstream_timeout",), open_ms=61_000, **place)
+    for event in (
+        opened,
+        CircuitHalfOpen(was="open", **place),
+        CircuitClosed(was="half_open", cause="success", open_seconds=61.5, **place),
+    ):
+        sink.json(event)
+    first, second, third = sink.lines()
+    assert (first["event"], first["level"], first["scope"]) == ("circuit.opened", "warning", "fleet")
+    assert (first["why"], first["open_ms"], first["provider"]) == (["a:1: upstream_timeout"], 61_000, "openai")
+    assert (second["event"], second["level"], second["was"]) == ("circuit.half_open", "info", "open")
+    assert (third["event"], third["cause"], third["open_seconds"]) == ("circuit.closed", "success", 61.5)
 
 
 def raised(exc: BaseException) -> BaseException:
