@@ -20,8 +20,10 @@ LAYOUT = Layout(
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
+        (1, "proxy.fault_tolerance.backoff proxy.fault_tolerance.retry proxy.fault_tolerance.sharing"),
+        (1, "proxy.fault_tolerance.verdict proxy.fault_tolerance.permits"),
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
-        (2, "proxy.store proxy.budget"),
+        (2, "proxy.store proxy.budget proxy.fault_tolerance"),
         (2, "proxy.transport proxy.providers proxy.observability proxy.catalog"),  # shells: they wait and never decide
         (3, "proxy.pipeline"),
         (4, "proxy.edge proxy.admin"),

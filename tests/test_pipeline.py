@@ -37,7 +37,7 @@ REPLY = {"choices": [{"message": {"content": "Hi"}}], "usage": {"prompt_tokens":
 CHUNK = b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}'
 USAGE = b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
 TARGET = Target("up", "m-1", "alias")
-ROUTES = [Route("alias", "up/m-1"), Route("gpt-*", "up/gpt-*")]
+ROUTES = [Route("alias", [["up/m-1"]]), Route("gpt-*", [["up/gpt-*"]])]
 
 
 def pipeline(upstream: Upstream, **more: Any) -> Pipeline:

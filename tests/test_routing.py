@@ -9,13 +9,19 @@ from proxy.routing import Route, Routing
 from proxy.types import Target, Tenant
 
 ANYONE = Tenant("default", passthrough=None)
+
+
+def leads(name: str, *targets: str | list[str]) -> Route:
+    return Route(name, [[one] if isinstance(one, str) else one for one in targets])
+
+
 ROUTES = [
-    Route("gpt-4o", "openai/gpt-4o-2024"),
-    Route("gpt-*", "openai/gpt-*"),
-    Route("gpt-4o-*", "azure/deployment-*"),
-    Route("local/*", "vllm/org/*"),
-    Route("*-chat", "vllm/*"),
-    Route("*", "openai/*"),
+    leads("gpt-4o", "openai/gpt-4o-2024"),
+    leads("gpt-*", "openai/gpt-*"),
+    leads("gpt-4o-*", "azure/deployment-*"),
+    leads("local/*", "vllm/org/*"),
+    leads("*-chat", "vllm/*"),
+    leads("*", "openai/*"),
 ]
 
 
@@ -36,17 +42,17 @@ def routing() -> Routing:
     ],
 )
 def test_exact_then_longest_glob_then_file_order(model: str, provider: str, upstream: str, label: str) -> None:
-    assert routing().target(model, ANYONE) == Target(provider, upstream, label)
+    assert routing().targets(model, ANYONE) == ((Target(provider, upstream, label),),)
 
 
 def test_equally_long_globs_are_taken_in_file_order() -> None:
-    table = Routing([Route("a*", "one/*"), Route("*b", "two/*")], ["one", "two"])
-    assert table.target("ab", ANYONE).provider == "one"
+    table = Routing([leads("a*", "one/*"), leads("*b", "two/*")], ["one", "two"])
+    assert table.targets("ab", ANYONE)[0][0].provider == "one"
 
 
 def test_what_no_route_matches_does_not_exist() -> None:
     with pytest.raises(NotFound) as caught:
-        Routing([Route("only", "openai/only")], ["openai"]).target("other", ANYONE)
+        Routing([leads("only", "openai/only")], ["openai"]).targets("other", ANYONE)
     assert caught.value.code == "model_not_found"
 
 
@@ -62,16 +68,16 @@ def test_what_no_route_matches_does_not_exist() -> None:
 )
 def test_a_tenant_sees_only_its_own(tenant: Tenant, model: str, allowed: bool) -> None:
     if allowed:
-        assert routing().target(model, tenant)
+        assert routing().targets(model, tenant)
         return
     with pytest.raises(NotFound) as refused:
-        routing().target(model, tenant)
+        routing().targets(model, tenant)
     with pytest.raises(NotFound) as unknown:
-        Routing([], ["openai"]).target(model, tenant)
+        Routing([], ["openai"]).targets(model, tenant)
     assert refused.value.message == unknown.value.message
 
 
 def test_pass_through_goes_to_the_first_provider_if_the_tenant_may_use_it() -> None:
-    assert routing().passthrough(ANYONE) == Target("openai", "", "other")
+    assert routing().passthrough(ANYONE) == ((Target("openai", "", "other"),),)
     with pytest.raises(NotFound):
         routing().passthrough(Tenant("t", providers=["azure"]))

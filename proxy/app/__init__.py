@@ -12,7 +12,7 @@ from functools import partial
 
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
-from proxy.app.upstreams import provider_of
+from proxy.app.upstreams import failover_of, provider_of
 from proxy.budget.hold import Budget
 from proxy.catalog import Catalog
 from proxy.config.effective import nested
@@ -76,12 +76,16 @@ def create_app(
     clock = time.monotonic  # the loop's own clock has steps of a millisecond: good for deadlines, not for measuring
     executor = ThreadPoolExecutor(1, thread_name_prefix="tokens")
     providers = {name: provider_of(name, one, scrubber) for name, one in settings.providers.items()}
-    routing = Routing((Route(model.name, model.targets[0]) for model in settings.models), providers)
+    routing = Routing(
+        (Route(model.name, model.groups) for model in settings.models),
+        providers,
+        fallback=settings.fault_tolerance.fallback_provider,
+    )
     budget = budget_of(settings, bus, Counter(executor=executor))
     pipeline = Pipeline(
         _tenants(settings, insecure),
         routing,
-        providers,
+        failover_of(settings, providers, bus),
         Catalog(routing, providers, uncached=_with_callers_key(settings), clock=clock),
         budget,
         tenants_configured=bool(settings.tenants),

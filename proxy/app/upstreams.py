@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+import time
+from collections.abc import Mapping
+from random import random
 
+from proxy.config.settings import Settings
+from proxy.fault_tolerance.failover import Failover
+from proxy.fault_tolerance.permits import Unwatched
+from proxy.fault_tolerance.retry import RetryPolicy
+from proxy.observability.events import Bus
 from proxy.observability.scrub import Scrubber
 from proxy.providers.base import Provider
 from proxy.providers.mock.counting import real_counts
@@ -35,16 +44,38 @@ def provider_of(name: str, settings: ProviderSettings, scrubber: Scrubber) -> Pr
         headers.append((b"openai-organization", settings.organization.encode()))
     if settings.project is not None:
         headers.append((b"openai-project", settings.project.encode()))
-    key = settings.credential
     return OpenAIProvider(
         name,
         settings.base_url,
         _transport(settings),
         timeouts,
-        api_key=key.get_secret_value() if key is not None else None,
+        api_keys=[key.get_secret_value() for key in settings.credentials],
         callers_key=settings.passes_client_key,
         extra_headers=headers,
         scrub=scrubber.scrub_bytes,
+    )
+
+
+def failover_of(settings: Settings, providers: Mapping[str, Provider], bus: Bus) -> Failover:
+    section = settings.fault_tolerance
+    retry = section.retry
+    policy = RetryPolicy(
+        max_attempts=retry.max_attempts if section.acts else 1,
+        base_delay=retry.base_delay_ms / 1000,
+        max_delay=retry.max_delay_ms / 1000,
+        jitter=retry.jitter,
+        on_timeout=retry.on_timeout,
+    )
+    return Failover(
+        providers,
+        Unwatched(),
+        policy,
+        deadline=section.deadline_ms / 1000,
+        max_calls=section.max_upstream_calls,
+        clock=time.monotonic,
+        now=asyncio.get_running_loop().time,
+        random=random,
+        emit=bus.emit,
     )
 
 

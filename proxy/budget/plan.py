@@ -10,6 +10,7 @@ A reservation never asks for more than a whole window holds: it would wait for e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -42,6 +43,8 @@ class Want:
     choices: int = 1
     service_tier: str = ""
     tags: str = ""
+    deadline: float = math.inf
+    """On the loop's clock: nobody waits for room beyond it."""
 
     @property
     def generates(self) -> bool:

@@ -11,7 +11,7 @@ from proxy.config import messages
 from proxy.config.bind import BAD, Binding
 from proxy.config.problems import Path, Problem, problem, render
 from proxy.config.references import findings
-from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr
+from proxy.config.shape import TAGS, Leaf, ListOf, MapOf, OneOrList, Record, Shape, Variants, WordOr
 
 Pieces = dict[str, Any]
 """The sections as models. An invalid part is a model too, unvalidated, for what refers to it; None if unreadable."""
@@ -45,7 +45,10 @@ def validated(values: Mapping[str, object], shape: Record, binding: Binding) -> 
 
 def translated(error: ValidationError, path: Path, binding: Binding) -> list[Problem]:
     """Our own words for what pydantic found, less what only repeats another finding. Its texts can quote a value."""
-    details = [((*path, *detail["loc"]), detail) for detail in error.errors(include_url=False, include_input=False)]
+    details = [
+        ((*path, *(step for step in detail["loc"] if step not in TAGS)), detail)
+        for detail in error.errors(include_url=False, include_input=False)
+    ]
     faults = [*binding.bad, *(at for at, _ in details)]
     found: list[Problem] = []
     for at, detail in details:
@@ -62,7 +65,13 @@ def _between(pieces: Pieces, wrong: list[Problem], binding: Binding) -> list[Pro
     if providers is None:
         return []  # there are no names to hold the references against
     known = {one.path for one in (*wrong, *binding.problems)}
-    found = findings(providers, pieces.get("models") or (), pieces.get("tenants") or (), pieces.get("admin"))
+    found = findings(
+        providers,
+        pieces.get("models") or (),
+        pieces.get("tenants") or (),
+        pieces.get("admin"),
+        pieces.get("fault_tolerance"),
+    )
     return [
         problem(binding.keys.get(at) or binding.place(at), at, message)
         for at, message in found
@@ -81,6 +90,8 @@ def _salvaged(value: Any, shape: Shape) -> Any:
     if isinstance(shape, Leaf):
         text = "" if value is BAD else value
         return SecretStr(text) if shape.type == "secret" and isinstance(text, str) else text
+    if isinstance(shape, OneOrList):
+        return _salvaged(value, ListOf(shape.item) if isinstance(value, tuple) else shape.item)
     if isinstance(shape, WordOr):
         return _salvaged(value, shape.record) if isinstance(value, dict) else None
     if isinstance(shape, ListOf):

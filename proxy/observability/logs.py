@@ -27,6 +27,8 @@ from proxy.observability.events import (
     StoreDegraded,
     StoreRecovered,
     StoreReset,
+    UpstreamFailedOver,
+    UpstreamRetried,
 )
 from proxy.observability.lines import LEVELS, MAX_LINE, Lines, printable
 from proxy.observability.scrub import Scrubber
@@ -129,7 +131,8 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
         fields["warnings"] = event.warnings
 
 
-_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset)
+_UPSTREAM: Final = (UpstreamRetried, UpstreamFailedOver)
+_WARNINGS: Final = (RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, *_UPSTREAM)
 
 
 def _level(event: Notice) -> str:
@@ -167,8 +170,17 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
         case BudgetRefused() | StoreDegraded() | StoreRecovered() | StoreReset():
             return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
+        case UpstreamRetried():
+            return {**_without(event, "wait"), "wait_ms": _ms(event.wait)}
+        case UpstreamFailedOver():
+            places = {"from": event.from_provider, "to": event.to_provider}
+            return {**_without(event, "from_provider", "to_provider"), **places}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
+
+
+def _without(event: Notice, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(event).items() if name not in names}
 
 
 _GREEN: Final = "32"
@@ -211,6 +223,11 @@ class FriendlyLog:
                 self._print(_GREEN, "store", f"back after {event.away:.1f} s, {event.replayed} settlements caught up")
             case StoreReset():
                 self._print(_YELLOW, "store", f"began again, with what is remembered of {event.scopes} scopes")
+            case UpstreamRetried():
+                text = f"{event.target} again after {event.wait * 1000:.0f} ms: {event.reason}"
+                self._print(_YELLOW, "retry", text)
+            case UpstreamFailedOver():
+                self._print(_YELLOW, "failover", f"{event.source} -> {event.target}: {event.reason}")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -20,7 +20,14 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from proxy.money import NANO
-from proxy.observability.events import ConnectionRefused, Notice, RequestFinished, RequestRefused
+from proxy.observability.events import (
+    ConnectionRefused,
+    Notice,
+    RequestFinished,
+    RequestRefused,
+    UpstreamFailedOver,
+    UpstreamRetried,
+)
 from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
 from proxy.types import OTHER, Usage
 
@@ -117,6 +124,12 @@ class _Families:
             "Full windows of budgets; in mode observe, of requests that were served all the same.",
             ("tenant", "window", "mode"),
         )
+        self.retries = Counter(
+            f"{p}retries_total",
+            "Repeated attempts at the same target, by why the one before failed.",
+            ("provider", "reason"),
+        )
+        self.failovers = Counter(f"{p}failovers_total", "Requests that went on at another target.", ("from", "to"))
         self.estimates = Histogram(
             f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
         )
@@ -133,7 +146,7 @@ class _Families:
 
     def counters(self) -> list[Counter]:
         requests = [self.requests, self.tokens, self.interruptions, self.disconnects, self.connections_refused]
-        return [*requests, self.cost, self.unpriced, self.refusals]
+        return [*requests, self.cost, self.unpriced, self.refusals, self.retries, self.failovers]
 
     def histograms(self) -> list[Histogram]:
         return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates]
@@ -185,6 +198,8 @@ class Metrics:
             RequestFinished: self._finished,
             RequestRefused: self._refused,
             ConnectionRefused: self._connection_refused,
+            UpstreamRetried: self._retried,
+            UpstreamFailedOver: self._failed_over,
         }
         self._clock = clock
         self._cache_seconds = cache_seconds
@@ -229,6 +244,12 @@ class Metrics:
 
     def _connection_refused(self, event: ConnectionRefused) -> None:
         self._families.connections_refused.child(event.code).value += 1
+
+    def _retried(self, event: UpstreamRetried) -> None:
+        self._families.retries.child(event.provider, event.reason).value += 1
+
+    def _failed_over(self, event: UpstreamFailedOver) -> None:
+        self._families.failovers.child(event.from_provider, event.to_provider).value += 1
 
     def budget_refused(self, tenant: str, window: str, mode: str) -> None:
         """A request met a full window. (Not every one has an event of its own.)"""

@@ -1,0 +1,124 @@
+"""The credentials of one provider, and which of them should rest.
+
+A key that was refused rests for the model that it was refused for: rate limits and permissions are given per model,
+and one model that a key may not use must not take the others from everybody. A key that is not accepted at all costs
+one call for each model that is asked for meanwhile.
+
+Requests that belong together (one run, one prompt cache) stay with one key while it is ready; the others go round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Final
+
+from proxy.errors import Cooling
+from proxy.providers.base import Resting
+from proxy.types import Headers
+
+RATE_SECONDS: Final = 1.0
+"""The first rest after a 429 that names no time; each in a row is twice as long."""
+MAX_RATE_SECONDS: Final = 30.0
+MAX_ASKED_SECONDS: Final = 300.0
+"""A provider that names a longer time is asked again after this one all the same: it may have been mistaken."""
+CREDENTIAL_SECONDS: Final = 60.0
+MAX_CREDENTIAL_SECONDS: Final = 600.0
+_REMEMBERED: Final = 4096
+
+
+class _Rest:
+    __slots__ = ("refusals", "until", "why")
+
+    def __init__(self, why: Cooling) -> None:
+        self.why = why
+        self.until = 0.0
+        self.refusals = 0
+        """In a row."""
+
+
+class Keys:
+    """`headers`: what each key adds to a request. `now` is monotonic (seconds), `random` uniform in [0, 1)."""
+
+    __slots__ = ("_headers", "_next", "_now", "_random", "_rests")
+
+    def __init__(self, headers: Sequence[Headers], *, now: Callable[[], float], random: Callable[[], float]) -> None:
+        self._headers = tuple(headers)
+        self._now = now
+        self._random = random
+        self._next = 0
+        self._rests: dict[tuple[int, str], _Rest] = {}
+
+    def headers(self, key: int) -> Headers:
+        return self._headers[key]
+
+    def pick(self, model: str, together: bytes = b"") -> int:
+        """The key for the next request; where all of them rest, the one that is ready first.
+
+        `together`: what related requests have in common."""
+        count = len(self._headers)
+        if count == 1:
+            return 0
+        if together:
+            start = int.from_bytes(blake2b(together, digest_size=4).digest(), "big") % count
+        else:
+            start = self._next = (self._next + 1) % count
+        if not self._rests:
+            return start
+        return min(range(start, start + count), key=lambda turn: self._wait(turn % count, model)) % count
+
+    def resting(self, model: str) -> Resting | None:
+        """The shortest rest of a key; None: one is ready."""
+        if not self._rests:
+            return None
+        shortest: Resting | None = None
+        for key in range(len(self._headers)):
+            rest = self._rests.get((key, model))
+            seconds = 0.0 if rest is None else rest.until - self._now()
+            if rest is None or seconds <= 0.0:
+                return None
+            if shortest is None or seconds < shortest.seconds:
+                shortest = Resting(seconds, rest.why)
+        return shortest
+
+    def refused(self, key: int, model: str, why: Cooling, asked: float | None) -> bool:
+        """Lays `key` to rest. True: another one is ready. `asked`: the seconds that the provider named."""
+        now = self._now()
+        rest = self._rests.get((key, model))
+        if rest is None:
+            self._make_room(now)
+            rest = self._rests[key, model] = _Rest(why)
+        if now >= rest.until:  # else it is the answer to something that was sent before the last one
+            rest.refusals += 1
+        rest.until = max(rest.until, now + self._seconds(why, asked, rest.refusals))
+        rest.why = why
+        return self.resting(model) is None
+
+    def accepted(self, key: int, model: str) -> None:
+        """The provider has answered with this key."""
+        if self._rests:
+            rest = self._rests.get((key, model))
+            if rest is not None and self._now() >= rest.until:
+                del self._rests[key, model]
+
+    def _wait(self, key: int, model: str) -> float:
+        rest = self._rests.get((key, model))
+        return 0.0 if rest is None else max(rest.until - self._now(), 0.0)
+
+    def _seconds(self, why: Cooling, asked: float | None, refusals: int) -> float:
+        if why == "rate" and asked is not None:
+            return min(asked, MAX_ASKED_SECONDS)
+        first, most = (
+            (RATE_SECONDS, MAX_RATE_SECONDS) if why == "rate" else (CREDENTIAL_SECONDS, MAX_CREDENTIAL_SECONDS)
+        )
+        # From half to the whole: what was refused together does not come back together.
+        return min(first * 2.0 ** min(refusals - 1, 16), most) * (0.5 + self._random() / 2)
+
+    def _make_room(self, now: float) -> None:
+        """Under a glob clients choose the names of models."""
+        if len(self._rests) < _REMEMBERED:
+            return
+        for place in [place for place, rest in self._rests.items() if rest.until <= now]:
+            del self._rests[place]
+        while len(self._rests) >= _REMEMBERED:
+            del self._rests[next(iter(self._rests))]
