@@ -16,8 +16,8 @@ from proxy.budget.records import tags_in
 from proxy.budget.tab import Tab
 from proxy.catalog import Catalog
 from proxy.fault_tolerance.failover import Failover
-from proxy.routing import Groups, Routing
-from proxy.types import Ask, Call, Event, Out, Reply, Tenant
+from proxy.routing import Routing
+from proxy.types import Ask, Call, Event, Groups, Out, Reply, Tenant
 from proxy.validation import requests
 
 

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 from proxy.errors import NotFound
 from proxy.globs import compiled, matches
-from proxy.types import OTHER, Target, Tenant
-
-Groups = Sequence[Sequence[Target]]
-"""In order of preference; the targets of one group share."""
+from proxy.types import OTHER, Groups, Target, Tenant
 
 
 @dataclass(frozen=True, slots=True)

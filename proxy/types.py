@@ -91,6 +91,10 @@ class Target:
     """The configured model name or glob that matched, or `other`: the `model` label of metrics."""
 
 
+Groups = Sequence[Sequence[Target]]
+"""Where a model is answered, in order of preference; the targets of one group share."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """Whose request it is, and what it may do. None means no restriction; a pattern's `*` stands for anything."""

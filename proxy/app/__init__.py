@@ -12,7 +12,7 @@ from functools import partial
 
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, used
-from proxy.app.upstreams import failover_of, provider_of
+from proxy.app.upstreams import failover_of, provider_of, routing_of
 from proxy.budget.hold import Budget
 from proxy.catalog import Catalog
 from proxy.config.effective import nested
@@ -27,7 +27,6 @@ from proxy.observability.scrub import Scrubber
 from proxy.pipeline import Pipeline, Tenants
 from proxy.providers.base import Provider
 from proxy.providers.settings import OpenAISettings
-from proxy.routing import Route, Routing
 from proxy.store.base import DIMENSIONS
 from proxy.tokens.count import Counter
 from proxy.types import Tenant
@@ -76,11 +75,7 @@ def create_app(
     clock = time.monotonic  # the loop's own clock has steps of a millisecond: good for deadlines, not for measuring
     executor = ThreadPoolExecutor(1, thread_name_prefix="tokens")
     providers = {name: provider_of(name, one, scrubber) for name, one in settings.providers.items()}
-    routing = Routing(
-        (Route(model.name, model.groups) for model in settings.models),
-        providers,
-        fallback=settings.fault_tolerance.fallback_provider,
-    )
+    routing = routing_of(settings)
     budget = budget_of(settings, bus, Counter(executor=executor))
     pipeline = Pipeline(
         _tenants(settings, insecure),

@@ -20,6 +20,7 @@ from proxy.providers.mock.handler import Mock
 from proxy.providers.mock.script import read_script
 from proxy.providers.openai import OpenAIProvider, Timeouts
 from proxy.providers.settings import OpenAISettings, ProviderSettings
+from proxy.routing import Route, Routing
 from proxy.transport.base import Transport
 from proxy.transport.http1 import Http1Transport
 from proxy.transport.scripted import ScriptedTransport
@@ -54,6 +55,11 @@ def provider_of(name: str, settings: ProviderSettings, scrubber: Scrubber) -> Pr
         extra_headers=headers,
         scrub=scrubber.scrub_bytes,
     )
+
+
+def routing_of(settings: Settings) -> Routing:
+    routes = (Route(model.name, model.groups) for model in settings.models)
+    return Routing(routes, settings.providers, fallback=settings.fault_tolerance.fallback_provider)
 
 
 def failover_of(settings: Settings, providers: Mapping[str, Provider], bus: Bus) -> Failover:

@@ -29,13 +29,12 @@ from proxy.errors import (
 )
 from proxy.fault_tolerance.backoff import RetryBudget
 from proxy.fault_tolerance.permits import Charge, Circuits, Permit
-from proxy.fault_tolerance.retry import Bounds, Course, RetryPolicy, Step
+from proxy.fault_tolerance.retry import OPEN, Bounds, Course, RetryPolicy, Step
 from proxy.fault_tolerance.sharing import Sharing
-from proxy.fault_tolerance.verdict import CREDENTIAL, OPEN, RATE, TargetRefused, entry, listed, reason_of, verdict
+from proxy.fault_tolerance.verdict import CREDENTIAL, RATE, TargetRefused, entry, listed, reason_of, verdict
 from proxy.observability.events import Notice, UpstreamFailedOver, UpstreamRetried
 from proxy.providers.base import Provider
-from proxy.routing import Groups
-from proxy.types import Ask, Call, Record, Reply, Target
+from proxy.types import Ask, Call, Groups, Record, Reply, Target
 
 TIMEOUT_HEADER: Final = "x-breakwater-timeout-ms"
 _WHOLE: Final = re.compile(rb"[0-9]{1,10}")
@@ -140,7 +139,7 @@ class Opening:
                     self._note_refused(target, refused)
             step = self._next()
             if step is None:
-                raise self._final()
+                return await self._last_resort()
             self._at = step.position
             if step.wait:
                 await self._failover.sleep(step.wait)
@@ -171,6 +170,27 @@ class Opening:
             if len(self._targets) > 1:
                 self._failover.sharing.ended(self._targets[self._at])
             await reply.aclose()
+
+    async def _last_resort(self) -> Reply:
+        """Nothing else is left: an open circuit that may be probed, or the final error."""
+        course = self._plan()
+        places = course.open_positions(self._failover.now())
+        if places:
+            targets = [self._targets[position] for position in places]
+            found = await self._failover.circuits.probe(
+                [(target.provider, target.label) for target in targets], all_open=len(places) == len(self._targets)
+            )
+            if found is not None:
+                self._at = places[found[0]]
+                self._permit = found[1]
+                target = self._targets[self._at]
+                try:
+                    return await self._attempt(target, Step(self._at))
+                except UpstreamError as error:
+                    self._note(target, error)
+                except (ProviderFull, ModelPriceUnknown, RequestExceedsBudget) as refused:
+                    self._note_refused(target, refused)
+        raise self._final()
 
     # -- one attempt -------------------------------------------------------------------------------------------------
 
@@ -222,6 +242,8 @@ class Opening:
         record.upstream_status = reply.status
         record.upstream_request_id = reply.upstream_request_id
         charge.answered(reply.status)
+        if reply.status < 400:
+            permit.answered()
         self._reply = reply
         return reply
 

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from proxy.errors import UpstreamError
 from proxy.fault_tolerance import backoff
 from proxy.types import Target
+
+OPEN: Final = "circuit_open"
+"""Why a target was not tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +127,7 @@ class Course:
     def next(self, now: float) -> Step | None:
         """The next attempt; None: there is none."""
         at_once, self._at_once = self._at_once, None
-        if self._ended or self._attempts >= self._policy.max_attempts or self._bounds.calls <= 0:
-            return None
-        if now >= self._bounds.deadline:
+        if self._spent() or now >= self._bounds.deadline:
             return None
         if at_once is not None:
             return Step(at_once)
@@ -135,6 +136,15 @@ class Course:
             self._fresh += 1
             return Step(position, draws=self._draws(position))
         return self._return(now)
+
+    def open_positions(self, now: float) -> list[int]:
+        """Targets whose circuits were open, where an attempt is still possible: one of them may be worth a probe."""
+        if self._spent() or now >= self._bounds.deadline:
+            return []
+        return [position for position, one in enumerate(self.standings) if one.skipped == OPEN]
+
+    def _spent(self) -> bool:
+        return self._ended or self._attempts >= self._policy.max_attempts or self._bounds.calls <= 0
 
     def _may_return(self, error: UpstreamError) -> bool:
         return error.retryable or (error.timed_out and self._policy.on_timeout)

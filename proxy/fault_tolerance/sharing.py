@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
-from proxy.routing import Groups
-from proxy.types import Ask, Target
+from proxy.types import Ask, Groups, Target
 
 
 def together(ask: Ask) -> bytes:

@@ -34,7 +34,6 @@ TargetRefused = ProviderFull | ModelPriceUnknown | RequestExceedsBudget
 RATE: Final = "rate_limited"
 CREDENTIAL: Final = "credential"
 """Why a target rests: what its last answers said."""
-OPEN: Final = "circuit_open"
 _REFUSED: Final = {ProviderFull: "account_full", ModelPriceUnknown: "price_unknown"}
 _NO_REPEAT: Final = (b"x-should-retry", b"false")
 

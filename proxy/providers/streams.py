@@ -205,8 +205,8 @@ class StreamReply:
         scrub: Callable[[bytes], bytes],
     ) -> None:
         """`judge(raw, data)` knows the dialect, and `ordinary(block)` a shorter way for its commonest event;
-        `promises(data)` tells events that bring nothing yet; `idle` is the longest silence in seconds; `terminated` tells
-        that the dialect has a terminator, without which a clean end is a broken one."""
+        `promises(data)` tells events that bring nothing yet; `idle` is the longest silence in seconds; `terminated`:
+        the dialect has a terminator, without which a clean end is a broken one."""
         self.status = response.status
         self.headers = headers
         self.upstream_request_id = upstream_request_id

@@ -175,7 +175,7 @@ class Scene:
     @property
     def slots(self) -> PoolStats:
         """Of the transport to the upstream."""
-        provider = cast("OpenAIProvider", self.stack.running.gateway.service.pipeline.providers["up"])
+        provider = cast("OpenAIProvider", self.stack.running.gateway.service.pipeline.failover.providers["up"])
         return cast("Http1Transport", provider._transport).stats()
 
     @property
@@ -233,7 +233,7 @@ async def _nothing_left(on_stage: Scene, before: set[asyncio.Task[Any]]) -> None
     await until(lambda: on_stage.slots.in_use == 0, "a slot of the pool to come back")
     assert on_stage.slots.waiting == 0
     await until(lambda: not on_stage.connections, "the client's connection to close")
-    transport = cast("OpenAIProvider", on_stage.stack.running.gateway.service.pipeline.providers["up"])._transport
+    transport = cast("OpenAIProvider", on_stage.stack.running.gateway.service.pipeline.failover.providers["up"])._transport
     await transport.aclose()  # its idle connections have a player each at the upstream
     await until(lambda: on_stage.upstream.closed == on_stage.upstream.accepted, "the upstream's sockets to close")
     await until(lambda: asyncio.all_tasks() <= before, "the tasks to end")

@@ -266,8 +266,8 @@ def test_a_byte_order_mark_is_dropped() -> None:
     assert run(lambda: stream(b"\xef\xbb", b"\xbf" + event(HI), DONE)) == ([event(HI), DONE], None)
 
 
-def test_a_usage_chunk_alone_opens_the_stream_and_says_nothing() -> None:
-    assert run(lambda: stream(event(ALONE), DONE)) == ([b"", DONE], None)
+def test_a_usage_chunk_alone_opens_nothing_and_says_nothing() -> None:
+    assert run(lambda: stream(event(ALONE), DONE)) == ([DONE], None)
 
 
 BAD_ENDS: dict[str, tuple[bytes | Exception, ...]] = {
