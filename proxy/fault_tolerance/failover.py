@@ -38,8 +38,6 @@ from proxy.types import Ask, Call, Groups, Record, Reply, Target
 
 TIMEOUT_HEADER: Final = "x-breakwater-timeout-ms"
 _WHOLE: Final = re.compile(rb"[0-9]{1,10}")
-_CLOCK_SLACK: Final = 0.002
-"""Seconds by which the loop's timers, which know milliseconds only, may come before their time."""
 
 
 class Failover:
@@ -125,7 +123,7 @@ class Opening:
         self._refused: list[TargetRefused] | None = None
 
     async def __aenter__(self) -> Reply:
-        if self._bounds.calls <= 0 or self._failover.now() >= self._bounds.deadline:
+        if self._bounds.calls <= 0 or self._bounds.over(self._failover.now()):
             raise self._final()
         step: Step | None = None
         while True:
@@ -249,7 +247,7 @@ class Opening:
 
     def _failed(self, permit: Permit, error: UpstreamError) -> None:
         """What the deadline of the request cut short is no evidence against anybody."""
-        if self._failover.now() >= self._bounds.deadline - _CLOCK_SLACK:
+        if self._bounds.over(self._failover.now()):
             permit.ignored()
         else:
             permit.failed(error)
@@ -310,8 +308,7 @@ class Opening:
     def _final(self) -> ProxyError:
         now = self._failover.now()
         standings = () if self._course is None else self._course.standings
-        late = now >= self._bounds.deadline - _CLOCK_SLACK
-        return verdict(standings, self._refused or (), self._listed or (), now=now, late=late)
+        return verdict(standings, self._refused or (), self._listed or (), now=now, late=self._bounds.over(now))
 
     def _begin_again(self, target: Target, step: Step) -> None:
         """An attempt that is not the first choice. What was tried before at the same place is a retry."""

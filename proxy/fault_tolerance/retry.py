@@ -25,6 +25,10 @@ OPEN: Final = "circuit_open"
 """Why a target was not tried."""
 
 
+CLOCK_SLACK: Final = 0.002
+"""Seconds by which the loop's timers, which know milliseconds only, may come before their time."""
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Delays are seconds; see `settings.RetrySettings`."""
@@ -46,6 +50,10 @@ class Bounds:
         """On the loop's clock: plain replies end before it, streams begin before it."""
         self.calls = calls
         """Calls to providers that are left."""
+
+    def over(self, now: float) -> bool:
+        """Whether the deadline has passed."""
+        return now >= self.deadline - CLOCK_SLACK
 
 
 class Step(NamedTuple):
@@ -127,7 +135,7 @@ class Course:
     def next(self, now: float) -> Step | None:
         """The next attempt; None: there is none."""
         at_once, self._at_once = self._at_once, None
-        if self._spent() or now >= self._bounds.deadline:
+        if self._spent(now):
             return None
         if at_once is not None:
             return Step(at_once)
@@ -139,12 +147,13 @@ class Course:
 
     def open_positions(self, now: float) -> list[int]:
         """Targets whose circuits were open, where an attempt is still possible: one of them may be worth a probe."""
-        if self._spent() or now >= self._bounds.deadline:
+        if self._spent(now):
             return []
         return [position for position, one in enumerate(self.standings) if one.skipped == OPEN]
 
-    def _spent(self) -> bool:
-        return self._ended or self._attempts >= self._policy.max_attempts or self._bounds.calls <= 0
+    def _spent(self, now: float) -> bool:
+        attempts = self._attempts >= self._policy.max_attempts
+        return self._ended or attempts or self._bounds.calls <= 0 or self._bounds.over(now)
 
     def _may_return(self, error: UpstreamError) -> bool:
         return error.retryable or (error.timed_out and self._policy.on_timeout)

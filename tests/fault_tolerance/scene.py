@@ -137,6 +137,3 @@ class Stage:
             elif isinstance(event, UpstreamFailedOver):
                 found.append(("failed over", event.from_provider, event.to_provider, event.reason))
         return found
-
-
-

@@ -26,9 +26,7 @@ DOWN = UpstreamUnavailable("x").but(reason="server_error")
 
 
 def credential() -> UpstreamError:
-    return UpstreamUnavailable("x").but(
-        reason="credential", retryable=False, trips_breaker=False, cools="credential"
-    )
+    return UpstreamUnavailable("x").but(reason="credential", retryable=False, trips_breaker=False, cools="credential")
 
 
 def limited(seconds: float | None) -> UpstreamError:
@@ -36,11 +34,14 @@ def limited(seconds: float | None) -> UpstreamError:
 
 
 def course(
-    *targets: Target, replayable: bool = True, deadline: float = 900.0, calls: int = 6, random: float = 0.5, **policy: Any
+    *targets: Target,
+    replayable: bool = True,
+    deadline: float = 900.0,
+    calls: int = 6,
+    random: float = 0.5,
+    **policy: Any,
 ) -> Course:
-    return Course(
-        RetryPolicy(**policy), targets, Bounds(deadline, calls), lambda: random, replayable=replayable
-    )
+    return Course(RetryPolicy(**policy), targets, Bounds(deadline, calls), lambda: random, replayable=replayable)
 
 
 def after(error: UpstreamError, *targets: Target, **more: Any) -> Step | None:
