@@ -37,8 +37,9 @@ import msgspec
 
 _encode = msgspec.json.Encoder().encode
 
-Cooling = Literal["rate", "credential"]
-"""`rate`: it asked too often. `credential`: it is not accepted, or what it may spend is spent."""
+Cooling = Literal["rate", "credential", "forbidden"]
+"""`rate`: it asked too often. `credential`: it is not accepted, or what it may spend is spent. `forbidden`: it may not
+do this; or the text of this one request was not to be answered, for which some vendors have no other status."""
 
 
 class ProxyError(Exception):

@@ -82,6 +82,7 @@ def failover_of(settings: Settings, providers: Mapping[str, Provider], bus: Bus)
         now=asyncio.get_running_loop().time,
         random=random,
         emit=bus.emit,
+        heeds_rests=section.acts,
     )
 
 

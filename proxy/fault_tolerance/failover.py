@@ -55,9 +55,11 @@ class Failover:
         now: Callable[[], float],
         random: Callable[[], float],
         emit: Callable[[Notice], None],
+        heeds_rests: bool = True,
         sleep: Callable[[float], Any] = asyncio.sleep,
     ) -> None:
-        """`deadline`: seconds of a whole request; `max_calls`: of it and all its children."""
+        """`deadline`: seconds of a whole request; `max_calls`: of it and all its children. `heeds_rests` False: a
+        target is asked although its credentials rest."""
         self.providers = providers
         self.circuits = circuits
         self.policy = policy
@@ -67,6 +69,7 @@ class Failover:
         self.now = now
         self.random = random
         self.emit = emit
+        self.heeds_rests = heeds_rests
         self.sleep = sleep
         self._deadline = deadline
         self._max_calls = max_calls
@@ -196,7 +199,7 @@ class Opening:
         """Takes the permit for an attempt. Neither a resting credential nor an open circuit costs a call."""
         failover = self._failover
         rest = failover.providers[target.provider].resting(target.model)
-        if rest is not None:
+        if rest is not None and failover.heeds_rests:
             self._skip(target, RATE if rest.why == "rate" else CREDENTIAL, rest.seconds if rest.why == "rate" else None)
             return False
         self._permit = failover.circuits.admit(target.provider, target.label)

@@ -198,4 +198,4 @@ class Course:
 
 def _burdens(error: UpstreamError) -> bool:
     """A connect error, a 5xx, a timeout; and a 429 that does not say when to come back. A credential is no burden."""
-    return error.cools != "credential" and not (error.cools == "rate" and error.asked is not None)
+    return error.cools is None or (error.cools == "rate" and error.asked is None)

@@ -1,8 +1,11 @@
 """The credentials of one provider, and which of them should rest.
 
 A key that was refused rests for the model that it was refused for: rate limits and permissions are given per model,
-and one model that a key may not use must not take the others from everybody. A key that is not accepted at all costs
-one call for each model that is asked for meanwhile.
+and one model that a key may not use must not take the others from everybody. While it rests, the others are used.
+
+Where none is left, the provider itself rests: at once after a 429, for that says when to come back; but only after some
+refusals in a row of a key that is not accepted, for one can be a slip of the provider's; and never for a 403, which
+may be about the text of one request, and so in the hands of one client.
 
 Requests that belong together (one run, one prompt cache) stay with one key while it is ready; the others go round.
 """
@@ -24,6 +27,8 @@ MAX_ASKED_SECONDS: Final = 300.0
 """A provider that names a longer time is asked again after this one all the same: it may have been mistaken."""
 CREDENTIAL_SECONDS: Final = 60.0
 MAX_CREDENTIAL_SECONDS: Final = 600.0
+SURE: Final = 3
+"""Refusals in a row after which a key is taken to be no good."""
 _REMEMBERED: Final = 4096
 
 
@@ -35,6 +40,11 @@ class _Rest:
         self.until = 0.0
         self.refusals = 0
         """In a row."""
+
+    @property
+    def blocks(self) -> bool:
+        """The key is of no use meanwhile, even where there is no other."""
+        return self.why == "rate" or (self.why == "credential" and self.refusals >= SURE)
 
 
 class Keys:
@@ -68,14 +78,14 @@ class Keys:
         return min(range(start, start + count), key=lambda turn: self._wait(turn % count, model)) % count
 
     def resting(self, model: str) -> Resting | None:
-        """The shortest rest of a key; None: one is ready."""
+        """The shortest rest of a key; None: one may be used."""
         if not self._rests:
             return None
         shortest: Resting | None = None
         for key in range(len(self._headers)):
             rest = self._rests.get((key, model))
             seconds = 0.0 if rest is None else rest.until - self._now()
-            if rest is None or seconds <= 0.0:
+            if rest is None or seconds <= 0.0 or not rest.blocks:
                 return None
             if shortest is None or seconds < shortest.seconds:
                 shortest = Resting(seconds, rest.why)
@@ -88,17 +98,18 @@ class Keys:
         if rest is None:
             self._make_room(now)
             rest = self._rests[key, model] = _Rest(why)
-        if now >= rest.until:  # else it is the answer to something that was sent before the last one
+        if rest.why != why:
+            rest.why, rest.refusals = why, 0
+        if now >= rest.until or why != "rate":  # else it is the answer to something that was sent before the last one
             rest.refusals += 1
         rest.until = max(rest.until, now + self._seconds(why, asked, rest.refusals))
-        rest.why = why
-        return self.resting(model) is None
+        return any(self._wait(other, model) == 0.0 for other in range(len(self._headers)))
 
     def accepted(self, key: int, model: str) -> None:
         """The provider has answered with this key."""
         if self._rests:
             rest = self._rests.get((key, model))
-            if rest is not None and self._now() >= rest.until:
+            if rest is not None and (rest.why != "rate" or self._now() >= rest.until):
                 del self._rests[key, model]
 
     def _wait(self, key: int, model: str) -> float:
@@ -108,9 +119,9 @@ class Keys:
     def _seconds(self, why: Cooling, asked: float | None, refusals: int) -> float:
         if why == "rate" and asked is not None:
             return min(asked, MAX_ASKED_SECONDS)
-        first, most = (
-            (RATE_SECONDS, MAX_RATE_SECONDS) if why == "rate" else (CREDENTIAL_SECONDS, MAX_CREDENTIAL_SECONDS)
-        )
+        first, most = RATE_SECONDS, MAX_RATE_SECONDS
+        if why != "rate":
+            first, most, refusals = CREDENTIAL_SECONDS, MAX_CREDENTIAL_SECONDS, max(refusals - SURE + 1, 1)
         # From half to the whole: what was refused together does not come back together.
         return min(first * 2.0 ** min(refusals - 1, 16), most) * (0.5 + self._random() / 2)
 

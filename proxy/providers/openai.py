@@ -283,7 +283,8 @@ class OpenAIProvider:
             return PlainReply(status, headers, self._scrub(body), upstream_request_id=upstream_id, meaning="quota")
         if own_fault:
             refused = UpstreamUnavailable("The provider did not accept this gateway's credential.", **facts)
-            raise refused.but(reason="credential", retryable=False, trips_breaker=False, cools="credential")
+            cools = "forbidden" if status == 403 else "credential"
+            raise refused.but(reason="credential", retryable=False, trips_breaker=False, cools=cools)
         wait = when_to_come_back(response.headers)
         seconds = asked(response.headers, self._wall())
         if status == 429:

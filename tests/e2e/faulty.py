@@ -25,15 +25,16 @@ from proxy.types import Ask, Reply
 _open = OpenAIProvider.open
 
 
-async def _faulty(self: OpenAIProvider, ask: Ask, model: str, *, output_cap: int | None = None) -> Reply:
-    seen = f"{self._fixed!r} {ask.call.headers!r} {ask.call.query!r} {ask.call.raw_path!r} {ask.call.body!r}"
+async def _faulty(self: OpenAIProvider, ask: Ask, model: str, **options: Any) -> Reply:
+    keys = self._keys.headers(0)
+    seen = f"{self._fixed!r} {keys!r} {ask.call.headers!r} {ask.call.query!r} {ask.call.raw_path!r} {ask.call.body!r}"
     if model == "fault":
         try:
             raise KeyError(seen)
         except KeyError as error:
             raise RuntimeError(seen) from error
     plain = {"fault-late": "stall", "fault-task": "ok", "fault-log": "ok"}.get(model, model)
-    reply = await _open(self, ask, plain, output_cap=output_cap)
+    reply = await _open(self, ask, plain, **options)
     if model == "fault-late":
         reply.__class__ = type("Late", (type(reply),), {"__slots__": (), "__anext__": _fail_second(seen)})
     if model == "fault-task":
@@ -43,7 +44,7 @@ async def _faulty(self: OpenAIProvider, ask: Ask, model: str, *, output_cap: int
         gc.collect()
     if model == "fault-log":
         # What only a client knows has no name here and no shape: a library that logs it is beyond any scrubber.
-        known = f"{self._fixed!r}"
+        known = f"{self._fixed!r} {self._keys.headers(0)!r}"
         logging.getLogger("library").error("it failed: %s", known)
         logging.getLogger("library").error("it failed", exc_info=RuntimeError(known))
         warnings.warn(known, stacklevel=1)

@@ -13,7 +13,7 @@ import yaml
 from openai import Omit
 
 from tests.e2e.sdk import KINDS, Sdk
-from tests.e2e.stack import ServeProcess, serving
+from tests.e2e.stack import ALONE, ServeProcess, serving
 from tests.e2e.upstreams import MockProcess, mock_process
 
 HI: list[Any] = [{"role": "user", "content": "What holds the harbor? Grüße ✓"}]
@@ -55,6 +55,7 @@ def proxy(mock: MockProcess) -> Iterator[ServeProcess]:
     """Without tenants. `quick/*` is the same mock with little patience, `inner/*` the one without a network."""
     up = {"kind": "openai", "base_url": mock.url, "api_key": "sk-upstream-0123456789"}
     config = {
+        **ALONE,
         "listen": {"max_body_bytes": MOST_BYTES},
         "providers": {
             "up": up,
