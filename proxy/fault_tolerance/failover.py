@@ -63,6 +63,7 @@ class Failover:
         self.providers = providers
         self.circuits = circuits
         self.policy = policy
+        self.repeats = policy.max_attempts > 1
         self.budgets = {name: RetryBudget(now) for name in providers}
         self.sharing = Sharing(random)
         self.clock = clock
@@ -164,7 +165,7 @@ class Opening:
                 if not record.first_event:
                     target = self._targets[self._at]
                     self._list(target, error, self._seconds())
-                    listed(error, self._listed or ())
+                    listed(error, self._listed or (), repeats=self._failover.repeats)
             else:
                 self._ours(permit, error)
         finally:
@@ -311,7 +312,14 @@ class Opening:
     def _final(self) -> ProxyError:
         now = self._failover.now()
         standings = () if self._course is None else self._course.standings
-        return verdict(standings, self._refused or (), self._listed or (), now=now, late=self._bounds.over(now))
+        return verdict(
+            standings,
+            self._refused or (),
+            self._listed or (),
+            now=now,
+            late=self._bounds.over(now),
+            repeats=self._failover.repeats,
+        )
 
     def _begin_again(self, target: Target, step: Step) -> None:
         """An attempt that is not the first choice. What was tried before at the same place is a retry."""

@@ -6,7 +6,8 @@
     every target timed out                         504 upstream_timeout
     else                                           503 upstream_unavailable
 
-It lists every attempt, and says that to repeat the request is of no use: that was done here.
+It lists every attempt, and says that to repeat the request is of no use: that was done here. Only a 429 that was not
+waited for, because nothing is repeated here, is the client's to repeat.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ def entry(target: Target, reason: str, status: int | None = None, seconds: float
     return {"target": place, "status": status, "reason": reason, "ms": round(seconds * 1000)}
 
 
-def listed(error: UpstreamError, attempts: Sequence[Mapping[str, Any]]) -> UpstreamError:
-    """`error` as it goes to the client."""
+def listed(error: UpstreamError, attempts: Sequence[Mapping[str, Any]], *, repeats: bool) -> UpstreamError:
+    """`error` as it goes to the client. `repeats`: failed attempts are repeated here."""
     error.details["attempts"] = list(attempts)
-    error.headers = [*(header for header in error.headers if header[0] != _NO_REPEAT[0]), _NO_REPEAT]
+    if repeats or not isinstance(error, UpstreamRateLimited):
+        error.headers = [*(header for header in error.headers if header[0] != _NO_REPEAT[0]), _NO_REPEAT]
     return error
 
 
@@ -63,21 +65,26 @@ def verdict(
     *,
     now: float,
     late: bool,
+    repeats: bool,
 ) -> ProxyError:
     """The final error. `refused`: what budgets said of targets. `late`: the deadline of the request has passed."""
     last = [one for one in standings if one.error is not None or one.skipped]
-    if late and (not last or _any_timed_out(last)):
-        return listed(UpstreamTimeout("The deadline of this request passed before a provider had answered."), attempts)
     if refused and len(refused) == len(last):
         return _refusal(refused)
+    return listed(_summary(last, now=now, late=late), attempts, repeats=repeats)
+
+
+def _summary(last: Sequence[Standing], *, now: float, late: bool) -> UpstreamError:
+    if late and (not last or _any_timed_out(last)):
+        return UpstreamTimeout("The deadline of this request passed before a provider had answered.")
     if len(last) == 1 and last[0].error is not None and not last[0].skipped:
-        return listed(last[0].error, attempts)
+        return last[0].error
     if last and all(_is_rate_limited(one) for one in last):
         message = "Every provider of this model has its rate limit reached."
-        return listed(UpstreamRateLimited(message, headers=_come_back(last, now)), attempts)
+        return UpstreamRateLimited(message, headers=_come_back(last, now))
     if last and all(isinstance(one.error, UpstreamTimeout) and not one.skipped for one in last):
-        return listed(UpstreamTimeout("No provider of this model answered in time."), attempts)
-    return listed(UpstreamUnavailable("No provider of this model can answer now."), attempts)
+        return UpstreamTimeout("No provider of this model answered in time.")
+    return UpstreamUnavailable("No provider of this model can answer now.")
 
 
 def _refusal(refused: Sequence[TargetRefused]) -> TargetRefused:
