@@ -34,7 +34,7 @@ from proxy.fault_tolerance.sharing import Sharing
 from proxy.fault_tolerance.verdict import CREDENTIAL, RATE, TargetRefused, entry, listed, reason_of, verdict
 from proxy.observability.events import Notice, UpstreamFailedOver, UpstreamRetried
 from proxy.providers.base import Provider
-from proxy.types import Ask, Call, Groups, Record, Reply, Target
+from proxy.types import Ask, Call, Record, Reply, Target
 
 TIMEOUT_HEADER: Final = "x-breakwater-timeout-ms"
 _WHOLE: Final = re.compile(rb"[0-9]{1,10}")
@@ -66,6 +66,8 @@ class Failover:
         self.repeats = policy.max_attempts > 1
         self.budgets = {name: RetryBudget(now) for name in providers}
         self.sharing = Sharing(random)
+        self.order = self.sharing.order
+        """The targets of a request, in the order in which they are tried."""
         self.clock = clock
         self.now = now
         self.random = random
@@ -85,21 +87,30 @@ class Failover:
             seconds = min(seconds, int(wanted) / 1000)
         return Bounds(self.now() + seconds, self._max_calls)
 
-    def order(self, groups: Groups, ask: Ask) -> Sequence[Target]:
-        """The targets of a request, in the order in which they are tried."""
-        return self.sharing.order(groups, ask)
-
     def open(self, ask: Ask, targets: Sequence[Target], charge: Charge, record: Record, bounds: Bounds) -> Opening:
         """An async context manager over the reply. Entering it raises ProxyError: the final one, which lists the
         attempts, or what the budget refuses the request for."""
         return Opening(self, ask, targets, charge, record, bounds)
 
 
+class _Trail:
+    """What has gone wrong so far. Of most requests there is none."""
+
+    __slots__ = ("course", "listed", "refused", "source")
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+        self.listed: list[dict[str, Any]] = []
+        self.refused: list[TargetRefused] = []
+        self.source: tuple[Target, str] | None = None
+        """Where the request comes from when it goes on elsewhere, and why."""
+
+
 class Opening:
     """See `Failover.open`. One task uses it, once."""
 
-    __slots__ = ("_ask", "_at", "_bounds", "_charge", "_course", "_failover", "_from", "_listed", "_permit", "_record",
-                 "_refused", "_reply", "_targets")  # fmt: skip
+    __slots__ = ("_ask", "_at", "_bounds", "_charge", "_failover", "_permit", "_record", "_reply", "_targets",
+                 "_trail")  # fmt: skip
 
     def __init__(
         self,
@@ -120,14 +131,11 @@ class Opening:
         """The position of the target at hand."""
         self._permit: Permit | None = None
         self._reply: Reply | None = None
-        # Of failures, so of nothing where there are none.
-        self._course: Course | None = None
-        self._from: tuple[Target, str] | None = None
-        self._listed: list[dict[str, Any]] | None = None
-        self._refused: list[TargetRefused] | None = None
+        self._trail: _Trail | None = None
 
     async def __aenter__(self) -> Reply:
-        if self._bounds.calls <= 0 or self._bounds.over(self._failover.now()):
+        bounds = self._bounds
+        if bounds.calls <= 0 or self._failover.now() >= bounds.deadline:
             raise self._final()
         step: Step | None = None
         while True:
@@ -165,7 +173,7 @@ class Opening:
                 if not record.first_event:
                     target = self._targets[self._at]
                     self._list(target, error, self._seconds())
-                    listed(error, self._listed or (), repeats=self._failover.repeats)
+                    listed(error, self._failures().listed, repeats=self._failover.repeats)
             else:
                 self._ours(permit, error)
         finally:
@@ -175,7 +183,7 @@ class Opening:
 
     async def _last_resort(self) -> Reply:
         """Nothing else is left: an open circuit that may be probed, or the final error."""
-        course = self._plan()
+        course = self._failures().course
         places = course.open_positions(self._failover.now())
         if places:
             targets = [self._targets[position] for position in places]
@@ -244,7 +252,7 @@ class Opening:
         record.upstream_status = reply.status
         record.upstream_request_id = reply.upstream_request_id
         charge.answered(reply.status)
-        if reply.status < 400:
+        if reply.stream and reply.status < 400:  # what is no stream has ended already
             permit.answered()
         self._reply = reply
         return reply
@@ -267,34 +275,36 @@ class Opening:
 
     # -- between attempts --------------------------------------------------------------------------------------------
 
-    def _plan(self) -> Course:
-        if self._course is None:
-            failover = self._failover
-            self._course = Course(
-                failover.policy, self._targets, self._bounds, failover.random, replayable=self._ask.replayable
+    def _failures(self) -> _Trail:
+        if self._trail is None:
+            failover, ask = self._failover, self._ask
+            self._trail = _Trail(
+                Course(failover.policy, self._targets, self._bounds, failover.random, replayable=ask.replayable)
             )
-        return self._course
+        return self._trail
 
     def _note(self, target: Target, error: UpstreamError) -> None:
-        self._plan().failed(self._at, error, self._failover.now())
-        self._from = (target, error.reason)
+        trail = self._failures()
+        trail.course.failed(self._at, error, self._failover.now())
+        trail.source = (target, error.reason)
         self._list(target, error, self._seconds())
 
     def _note_refused(self, target: Target, refused: TargetRefused) -> None:
-        self._refused = [*(self._refused or ()), refused]
+        self._failures().refused.append(refused)
         self._skip(target, reason_of(refused), None)
 
     def _skip(self, target: Target, reason: str, seconds: float | None) -> None:
-        self._plan().skipped(self._at, reason, self._failover.now(), seconds)
-        self._from = self._from or (target, reason)
-        self._listed = [*(self._listed or ()), entry(target, reason)]
+        trail = self._failures()
+        trail.course.skipped(self._at, reason, self._failover.now(), seconds)
+        trail.source = trail.source or (target, reason)
+        trail.listed.append(entry(target, reason))
 
     def _list(self, target: Target, error: UpstreamError, seconds: float) -> None:
         record = self._record
         status = error.details.pop("upstream_status", None)
         record.upstream_status = status or 0
         record.upstream_request_id = error.details.pop("upstream_request_id", "")
-        self._listed = [*(self._listed or ()), entry(target, error.reason, status, seconds)]
+        self._failures().listed.append(entry(target, error.reason, status, seconds))
 
     def _seconds(self) -> float:
         record = self._record
@@ -302,7 +312,7 @@ class Opening:
 
     def _next(self) -> Step | None:
         """The next step that the retry budget of its provider covers."""
-        course, failover = self._plan(), self._failover
+        course, failover = self._failures().course, self._failover
         while (step := course.next(failover.now())) is not None:
             if not step.draws or failover.budgets[self._targets[step.position].provider].withdraw():
                 return step
@@ -310,24 +320,20 @@ class Opening:
         return None
 
     def _final(self) -> ProxyError:
-        now = self._failover.now()
-        standings = () if self._course is None else self._course.standings
+        failover, trail = self._failover, self._failures()
+        now = failover.now()
+        late = self._bounds.over(now)
         return verdict(
-            standings,
-            self._refused or (),
-            self._listed or (),
-            now=now,
-            late=self._bounds.over(now),
-            repeats=self._failover.repeats,
+            trail.course.standings, trail.refused, trail.listed, now=now, late=late, repeats=failover.repeats
         )
 
     def _begin_again(self, target: Target, step: Step) -> None:
         """An attempt that is not the first choice. What was tried before at the same place is a retry."""
-        assert self._course is not None
-        assert self._from is not None
+        trail = self._failures()
+        assert trail.source is not None
         record, call = self._record, self._ask.call
-        source, reason = self._from
-        again = self._course.standings[step.position]
+        source, reason = trail.source
+        again = trail.course.standings[step.position]
         # The provider of a first send is credited for it, whichever choice it was.
         if again.error is None and not step.draws:
             self._failover.budgets[target.provider].deposit()
@@ -357,4 +363,4 @@ class Opening:
                     reason=reason,
                 )
             )
-        self._from = None
+        trail.source = None

@@ -50,14 +50,15 @@ class _Rest:
 class Keys:
     """`headers`: what each key adds to a request. `now` is monotonic (seconds), `random` uniform in [0, 1)."""
 
-    __slots__ = ("_headers", "_next", "_now", "_random", "_rests")
+    __slots__ = ("_headers", "_next", "_now", "_random", "rests")
 
     def __init__(self, headers: Sequence[Headers], *, now: Callable[[], float], random: Callable[[], float]) -> None:
         self._headers = tuple(headers)
         self._now = now
         self._random = random
         self._next = 0
-        self._rests: dict[tuple[int, str], _Rest] = {}
+        self.rests: dict[tuple[int, str], _Rest] = {}
+        """By key and model. Empty: there is nothing to know."""
 
     def headers(self, key: int) -> Headers:
         return self._headers[key]
@@ -73,17 +74,15 @@ class Keys:
             start = int.from_bytes(blake2b(together, digest_size=4).digest(), "big") % count
         else:
             start = self._next = (self._next + 1) % count
-        if not self._rests:
+        if not self.rests:
             return start
         return min(range(start, start + count), key=lambda turn: self._wait(turn % count, model)) % count
 
     def resting(self, model: str) -> Resting | None:
         """The shortest rest of a key; None: one may be used."""
-        if not self._rests:
-            return None
         shortest: Resting | None = None
         for key in range(len(self._headers)):
-            rest = self._rests.get((key, model))
+            rest = self.rests.get((key, model))
             seconds = 0.0 if rest is None else rest.until - self._now()
             if rest is None or seconds <= 0.0 or not rest.blocks:
                 return None
@@ -94,10 +93,10 @@ class Keys:
     def refused(self, key: int, model: str, why: Cooling, asked: float | None) -> bool:
         """Lays `key` to rest. True: another one is ready. `asked`: the seconds that the provider named."""
         now = self._now()
-        rest = self._rests.get((key, model))
+        rest = self.rests.get((key, model))
         if rest is None:
             self._make_room(now)
-            rest = self._rests[key, model] = _Rest(why)
+            rest = self.rests[key, model] = _Rest(why)
         if rest.why != why:
             rest.why, rest.refusals = why, 0
         if now >= rest.until or why != "rate":  # else it is the answer to something that was sent before the last one
@@ -107,13 +106,12 @@ class Keys:
 
     def accepted(self, key: int, model: str) -> None:
         """The provider has answered with this key."""
-        if self._rests:
-            rest = self._rests.get((key, model))
-            if rest is not None and (rest.why != "rate" or self._now() >= rest.until):
-                del self._rests[key, model]
+        rest = self.rests.get((key, model))
+        if rest is not None and (rest.why != "rate" or self._now() >= rest.until):
+            del self.rests[key, model]
 
     def _wait(self, key: int, model: str) -> float:
-        rest = self._rests.get((key, model))
+        rest = self.rests.get((key, model))
         return 0.0 if rest is None else max(rest.until - self._now(), 0.0)
 
     def _seconds(self, why: Cooling, asked: float | None, refusals: int) -> float:
@@ -127,9 +125,9 @@ class Keys:
 
     def _make_room(self, now: float) -> None:
         """Under a glob clients choose the names of models."""
-        if len(self._rests) < _REMEMBERED:
+        if len(self.rests) < _REMEMBERED:
             return
-        for place in [place for place, rest in self._rests.items() if rest.until <= now]:
-            del self._rests[place]
-        while len(self._rests) >= _REMEMBERED:
-            del self._rests[next(iter(self._rests))]
+        for place in [place for place, rest in self.rests.items() if rest.until <= now]:
+            del self.rests[place]
+        while len(self.rests) >= _REMEMBERED:
+            del self.rests[next(iter(self.rests))]

@@ -116,6 +116,8 @@ class OpenAIProvider:
         bearers: list[Headers] = [[(b"authorization", b"Bearer " + key.encode())] for key in api_keys]
         self._keys = Keys(bearers or [[]], now=self._now, random=random)
         self._several = len(bearers) > 1
+        if len(bearers) == 1:
+            self._fixed += bearers[0]
         self._refuses_usage: set[str] = set()
         """Models whose server refused a stream with our own wish for usage, and served it without."""
 
@@ -124,7 +126,7 @@ class OpenAIProvider:
 
     def resting(self, model: str) -> Resting | None:
         """See `Provider.resting`."""
-        return self._keys.resting(model)
+        return self._keys.resting(model) if self._keys.rests else None
 
     async def open(
         self, ask: Ask, model: str, *, output_cap: int | None = None, deadline: float | None = None
@@ -145,9 +147,11 @@ class OpenAIProvider:
         return reply
 
     async def _try(self, ask: Ask, model: str, deadline: float, output_cap: int | None, *, asked_usage: bool) -> Reply:
-        keys = self._keys
-        key = keys.pick(model, together(ask) if self._several else b"")
-        request = self._request(ask, model, asked_usage, output_cap, keys.headers(key))
+        keys, key = self._keys, 0
+        request = self._request(ask, model, asked_usage, output_cap)
+        if self._several:
+            key = keys.pick(model, together(ask))
+            request.headers += keys.headers(key)
         response = await self._transport.send(request, deadline)
         try:
             reply = await self._reply(ask, response, deadline, asked_usage)
@@ -156,19 +160,19 @@ class OpenAIProvider:
             if isinstance(error, UpstreamError) and error.cools is not None and not self._callers_key:
                 error.other_key = keys.refused(key, model, error.cools, error.asked) and self._several
             raise
-        keys.accepted(key, model)
+        if keys.rests:
+            keys.accepted(key, model)
         if isinstance(reply, PlainReply):
             await response.aclose()
         return reply
 
     # --- up ---------------------------------------------------------------------------------------------------------
 
-    def _request(self, ask: Ask, model: str, asked_usage: bool, output_cap: int | None, credential: Headers) -> Request:
+    def _request(self, ask: Ask, model: str, asked_usage: bool, output_cap: int | None) -> Request:
         call = ask.call
         passthrough = ask.dialect == "passthrough"
         headers = to_provider(call.headers, passthrough=passthrough, own_key=self._callers_key)
         headers += self._fixed
-        headers += credential
         headers.append((b"traceparent", call.traceparent.encode()))
         if self._callers_key and (key := caller_key(call.headers)):
             headers.append((b"authorization", b"Bearer " + key))

@@ -26,8 +26,7 @@ _open = OpenAIProvider.open
 
 
 async def _faulty(self: OpenAIProvider, ask: Ask, model: str, **options: Any) -> Reply:
-    keys = self._keys.headers(0)
-    seen = f"{self._fixed!r} {keys!r} {ask.call.headers!r} {ask.call.query!r} {ask.call.raw_path!r} {ask.call.body!r}"
+    seen = f"{self._fixed!r} {ask.call.headers!r} {ask.call.query!r} {ask.call.raw_path!r} {ask.call.body!r}"
     if model == "fault":
         try:
             raise KeyError(seen)
@@ -44,7 +43,7 @@ async def _faulty(self: OpenAIProvider, ask: Ask, model: str, **options: Any) ->
         gc.collect()
     if model == "fault-log":
         # What only a client knows has no name here and no shape: a library that logs it is beyond any scrubber.
-        known = f"{self._fixed!r} {self._keys.headers(0)!r}"
+        known = f"{self._fixed!r}"
         logging.getLogger("library").error("it failed: %s", known)
         logging.getLogger("library").error("it failed", exc_info=RuntimeError(known))
         warnings.warn(known, stacklevel=1)

@@ -99,7 +99,7 @@ def test_a_rest_grows_with_each_refusal_in_a_row(why: Cooling, seconds: list[flo
     pool = keys(ONE, clock, random=0.999999999)
     for expected in seconds:
         pool.refused(0, "m", why, None)
-        rest = pool._rests[0, "m"]
+        rest = pool.rests[0, "m"]
         assert rest.until - clock.now == pytest.approx(expected)
         clock.now = rest.until
 
@@ -136,11 +136,11 @@ def test_an_answer_makes_the_next_refusal_a_first_one_but_cuts_no_rest_short() -
         assert pool.resting("m") is not None
         clock.now += 2.0
     pool.refused(0, "m", "rate", None)
-    assert pool._rests[0, "m"].refusals == 3
+    assert pool.rests[0, "m"].refusals == 3
     clock.now += 4.0
     pool.accepted(0, "m")
     pool.refused(0, "m", "rate", None)
-    assert pool._rests[0, "m"].refusals == 1
+    assert pool.rests[0, "m"].refusals == 1
 
 
 def test_what_is_remembered_is_bounded_whatever_models_clients_ask_for() -> None:
@@ -148,5 +148,5 @@ def test_what_is_remembered_is_bounded_whatever_models_clients_ask_for() -> None
     pool = keys(ONE, clock)
     for number in range(10_000):
         pool.refused(0, f"model-{number}", "rate", None)
-    assert len(pool._rests) <= 4096
+    assert len(pool.rests) <= 4096
     assert pool.resting("model-9999") is not None
