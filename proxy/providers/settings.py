@@ -38,7 +38,7 @@ class Timeouts(Section):
     connect_ms: Milliseconds = 5000
     """Milliseconds to connect, TLS included."""
     first_event_ms: Milliseconds = 300_000
-    """Streams: milliseconds from the request until the first event."""
+    """Streams: milliseconds from the request until the first event that brings something of the reply."""
     idle_ms: Milliseconds = 300_000
     """Streams: milliseconds of silence between two events."""
     total_ms: Milliseconds = 600_000

@@ -228,7 +228,7 @@ class StreamReply:
     async def first(self, deadline: float, start: bytes = b"") -> None:
         """Waits for the first event with content. What came before it waits with it, but for comments: we send our own.
 
-        `start` of the body was read before.
+        `start` of the body was read before. Once there was an event of any kind, `idle` holds as well.
 
         Raises UpstreamTimeout, UpstreamBroken, and StreamInterrupted for a stream that begins with an error.
         """
@@ -247,6 +247,7 @@ class StreamReply:
             if event is not None:
                 held.append(event)
                 size += len(event.data)
+                deadline = min(deadline, self._now() + self._idle)
             if self._failed is not None and not self._begun:
                 raise self._failed
         if held or self._terminated:
