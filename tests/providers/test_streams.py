@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import ProxyError, StreamInterrupted, UpstreamBroken, UpstreamTimeout
+from proxy.providers.openai import Timeouts
 from proxy.providers.streams import (
     Interrupted,
     StreamReply,
@@ -18,7 +19,6 @@ from proxy.providers.streams import (
     judge_response_event,
     pass_ordinary,
 )
-from proxy.providers.openai import Timeouts
 from proxy.transport.answer import Answer, End
 from proxy.transport.sse import MAX_EVENT_BYTES
 from proxy.types import Headers, Usage
