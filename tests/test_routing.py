@@ -81,3 +81,46 @@ def test_pass_through_goes_to_the_first_provider_if_the_tenant_may_use_it() -> N
     assert routing().passthrough(ANYONE) == ((Target("openai", "", "other"),),)
     with pytest.raises(NotFound):
         routing().passthrough(Tenant("t", providers=["azure"]))
+
+
+def test_targets_keep_their_order_and_their_groups() -> None:
+    table = Routing([leads("m", ["a/x", "b/y"], "c/z")], ["a", "b", "c"])
+    shared, last = table.targets("m", ANYONE)
+    assert [(target.provider, target.model) for target in shared] == [("a", "x"), ("b", "y")]
+    assert [(target.provider, target.model) for target in last] == [("c", "z")]
+
+
+@pytest.mark.parametrize(
+    ("providers", "left"),
+    [(["b", "c"], [["b"], ["c"]]), (["a"], [["a"]]), (["c"], [["c"]]), (None, [["a", "b"], ["c"]])],
+)
+def test_a_tenant_is_led_to_its_own_providers_only(providers: list[str] | None, left: list[list[str]]) -> None:
+    table = Routing([leads("m", ["a/x", "b/y"], "c/z")], ["a", "b", "c"])
+    groups = table.targets("m", Tenant("t", providers=providers))
+    assert [[target.provider for target in group] for group in groups] == left
+
+
+@pytest.mark.parametrize(
+    ("fallback", "asked", "model"),
+    [
+        ("spare/small", "exact", "small"),
+        ("spare", "exact", "exact"),
+        ("spare", "gpt-5", "gpt-5"),
+        ("spare", "a-mid-b", "a-mid-b"),
+        ("spare/fixed", "gpt-5", "fixed"),
+    ],
+)
+def test_a_fallback_comes_last_and_is_asked_for_its_own_model_or_the_same(
+    fallback: str, asked: str, model: str
+) -> None:
+    routes = [
+        leads("exact", "main/x"),
+        leads("gpt-*", "main/gpt-*"),
+        leads("*-mid-*", "main/m"),
+        leads("own", "spare/o"),
+    ]
+    table = Routing(routes, ["main", "spare"], fallback=fallback)
+    last = table.targets(asked, ANYONE)[-1]
+    assert [(target.provider, target.model) for target in last] == [("spare", model)]
+    assert len(table.targets(asked, ANYONE)) == 2
+    assert len(table.targets("own", ANYONE)) == 1

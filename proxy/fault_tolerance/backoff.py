@@ -1,4 +1,4 @@
-"""When to send again, and how often altogether: jittered delays, what a provider asks for, and a budget of retries. Pure.
+"""When to send again, and how often altogether: jittered delays, what a provider asks for, a budget of retries. Pure.
 
 Three rules, each against a way in which retries make an outage worse:
 
@@ -30,7 +30,7 @@ _LONGEST_DATE: Final = 64
 
 def delay(attempt: int, base: float, cap: float, random: Callable[[], float], *, jitter: bool = True) -> float:
     """Seconds to wait before repetition number `attempt`, counted from 0. Without jitter: the upper end itself."""
-    most = min(cap, base * 2 ** min(attempt, _LARGEST_EXPONENT))
+    most: float = min(cap, base * 2.0 ** min(attempt, _LARGEST_EXPONENT))
     return most * random() if jitter else most
 
 

@@ -10,6 +10,7 @@ import pytest
 from proxy.budget.plan import want_of
 from proxy.budget.settings import BudgetSettings, LimitSettings
 from proxy.errors import (
+    BudgetExceeded,
     InvalidRequest,
     ProviderFull,
     UpstreamBroken,
@@ -529,3 +530,37 @@ async def test_a_broken_pass_through_is_told_of_with_its_attempt() -> None:
     with pytest.raises(UpstreamBroken) as raised:
         await stage.run("a/", ask=ask(b"", "/v1/files/f", method="GET"))
     assert entries(raised.value) == [("a", None, "reset")]
+
+
+# --- shared by a whole request --------------------------------------------------------------------------------------
+
+
+async def test_children_of_a_request_share_its_calls() -> None:
+    stage = Stage(max_calls=3)
+    stage.add("a", GOOD)
+    await stage.run()
+    failover, bounds = stage.failover, stage.bounds
+    hold = stage.scene.budget.hold("acme", "", want_of(chat()), [A], stage.record)
+    async with hold as charge:
+        for left in (1, 0):
+            child = charge.child(want_of(chat()))
+            async with child, failover.open(chat(), [A], child, stage.record, bounds):
+                assert bounds.calls == left
+        child = charge.child(want_of(chat()))
+        with pytest.raises(UpstreamUnavailable):
+            async with child, failover.open(chat(), [A], child, stage.record, bounds):
+                pass
+    assert stage.asked == {"a": 3}
+
+
+async def test_nobody_waits_for_room_beyond_the_deadline_of_the_request() -> None:
+    section = BudgetSettings(mode="enforce", requests_per_minute=1, wait_ms=20_000)
+    stage = Stage(scene={"section": section})
+    stage.add("a", GOOD)
+    await stage.run()
+    want = want_of(chat())
+    want.deadline = asyncio.get_running_loop().time() + 0.05
+    async with asyncio.timeout(5):
+        with pytest.raises(BudgetExceeded):
+            async with stage.scene.budget.hold("acme", "", want, [A], stage.record):
+                pass
