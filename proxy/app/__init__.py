@@ -16,7 +16,7 @@ from proxy.app.circuits import CircuitDesk, circuits_of
 from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
 from proxy.app.ledger import Ledger, ledger_of
 from proxy.app.owners import ownership_of
-from proxy.app.upstreams import provider_of
+from proxy.app.upstreams import failover_of, provider_of, routing_of
 from proxy.budget.hold import Budget
 from proxy.budget.rollups import as_csv
 from proxy.catalog import Catalog
@@ -36,7 +36,6 @@ from proxy.owners import Owners
 from proxy.pipeline import Pipeline
 from proxy.providers.base import Provider
 from proxy.providers.settings import OpenAISettings
-from proxy.routing import Route, Routing
 from proxy.tokens.count import Counter
 
 
@@ -100,7 +99,7 @@ def create_app(
     clock = time.monotonic  # the loop's own clock has steps of a millisecond: good for deadlines, not for measuring
     executor = ThreadPoolExecutor(1, thread_name_prefix="tokens")
     providers = {name: provider_of(name, one, scrubber) for name, one in settings.providers.items()}
-    routing = Routing((Route(model.name, model.targets[0]) for model in settings.models), providers)
+    routing = routing_of(settings)
     budget = budget_of(settings, bus, Counter(executor=executor))
     registry = registry_of(budget.access.store)
     door = door_of(settings, complete=registry is None)
@@ -112,7 +111,7 @@ def create_app(
     pipeline = Pipeline(
         door if settings.tenants else Keyless(any_host=insecure),
         routing,
-        providers,
+        failover_of(settings, providers, circuits, bus),
         Catalog(routing, providers, uncached=_with_callers_key(settings), clock=clock),
         budget,
         owners,

@@ -58,13 +58,9 @@ class CircuitDesk:
         self._circuits = circuits
 
     def known(self, provider: str, model: str) -> bool:
-        if provider not in self._settings.providers:
-            return False
-        names = {OTHER}
-        for entry in self._settings.models:
-            names.add(entry.name)
-            names.update(target.partition("/")[2] for target in entry.targets)
-        return model in names
+        """Whether requests can be counted under these names: a circuit's model is an entry of `models`."""
+        names = (OTHER, *(entry.name for entry in self._settings.models))
+        return provider in self._settings.providers and model in names
 
     def shown(self) -> list[dict[str, Any]]:
         return [] if isinstance(self._circuits, NoCircuits) else self._circuits.shown()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from proxy.errors import ProxyError, UpstreamError
 from proxy.fault_tolerance.base import Action, BreakerStore, Place
@@ -101,16 +101,6 @@ class Permit:
             self.ignored()
 
 
-class Guard(Protocol):
-    """What attempts need of circuits. `Circuits`, or `NoCircuits` where they are switched off."""
-
-    def admit(self, provider: str, model: str) -> Permit | None:
-        """`model`: a configured name or glob, never what a client wrote. None: the circuit is open."""
-
-    async def probe(self, places: Sequence[Place], *, all_open: bool = True) -> tuple[int, Permit] | None:
-        """Which of `places`, all refused by `admit`, may be tried all the same, and the permit for it."""
-
-
 class Circuits:
     """The circuits of one process. Made within the event loop; `start` and `aclose` bracket its work.
 
@@ -154,7 +144,7 @@ class Circuits:
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def admit(self, provider: str, model: str) -> Permit | None:
-        """See `Guard.admit`."""
+        """See `permits.Guard.admit`."""
         circuit = self._circuits.get((provider, model))
         if circuit is None:
             circuit = self._of((provider, model))
@@ -168,7 +158,7 @@ class Circuits:
         return None if self._refuses else Permit(self, circuit)
 
     async def probe(self, places: Sequence[Place], *, all_open: bool = True) -> tuple[int, Permit] | None:
-        """See `Guard.probe`. Waits for one answer of the store, and only where there is something to ask.
+        """See `permits.Guard.probe`. Waits for one answer of the store, and only where there is something to ask.
 
         A circuit whose time is over is asked for first. With `all_open`, one that is on its ramp serves all the same,
         and the one due first may be probed before its time: one in flight in the whole fleet, one a second, and 5 % of

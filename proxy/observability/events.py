@@ -108,6 +108,43 @@ class BudgetRefused(msgspec.Struct, frozen=True, kw_only=True):
     """Further ones of this tenant and window in mode observe, since the last event, that had no event of their own."""
 
 
+class UpstreamRetried(msgspec.Struct, frozen=True, kw_only=True):
+    """A request is sent to the same target again."""
+
+    event: ClassVar[str] = "upstream.retried"
+
+    request_id: str
+    trace_id: str
+    tenant: str
+    model: str
+    provider: str
+    target: str
+    reason: str
+    """Why the last attempt there failed, in one word of a closed set."""
+    wait: float = 0.0
+    attempt: int
+    """Of the request, from 1."""
+
+
+class UpstreamFailedOver(msgspec.Struct, frozen=True, kw_only=True):
+    """A request goes on at another target."""
+
+    event: ClassVar[str] = "upstream.failed_over"
+
+    request_id: str
+    trace_id: str
+    tenant: str
+    model: str
+    from_provider: str
+    to_provider: str
+    source: str
+    target: str
+    """PROVIDER/MODEL."""
+    reason: str
+    """Why the last attempt failed, or why the source was not asked: circuit_open, rate_limited, …"""
+    attempt: int
+
+
 class StoreDegraded(msgspec.Struct, frozen=True, kw_only=True):
     """The store went away: until it is back, each tenant's `on_store_error` decides."""
 
@@ -328,6 +365,8 @@ Notice = (
     | CircuitOpened
     | CircuitHalfOpen
     | CircuitClosed
+    | UpstreamRetried
+    | UpstreamFailedOver
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

@@ -39,6 +39,8 @@ from proxy.observability.events import (
     StoreMisconfigured,
     StoreRecovered,
     StoreReset,
+    UpstreamFailedOver,
+    UpstreamRetried,
 )
 from proxy.observability.lines import LEVELS, MAX_LINE, Lines, printable
 from proxy.observability.scrub import Scrubber
@@ -143,7 +145,7 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
 
 _WARNINGS: Final = (
     RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, StoreMisconfigured, SettlementsLost,
-    LedgerStalled, KeysLost, KeysStale, OwnershipLost, CircuitOpened,
+    LedgerStalled, KeysLost, KeysStale, OwnershipLost, CircuitOpened, UpstreamRetried, UpstreamFailedOver,
 )  # fmt: skip
 
 
@@ -188,10 +190,19 @@ def _fields(event: Notice) -> dict[str, Any]:
             return msgspec.structs.asdict(event)
         case LedgerResumed():
             return {"file": event.file, "away_ms": _ms(event.away), "gap": event.gap}
+        case UpstreamRetried():
+            return {**_without(event, "wait"), "wait_ms": _ms(event.wait)}
+        case UpstreamFailedOver():
+            places = {"from": event.from_provider, "to": event.to_provider}
+            return {**_without(event, "from_provider", "to_provider"), **places}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
         case _:  # its own members, those that say something
             return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
+
+
+def _without(event: Notice, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(event).items() if name not in names}
 
 
 _GREEN: Final = "32"
@@ -261,6 +272,11 @@ class FriendlyLog:
             case CircuitClosed():
                 text = f"{event.provider}/{event.model} closed after {event.open_seconds:.1f} s"
                 self._print(_GREEN, "circuit", text)
+            case UpstreamRetried():
+                text = f"{event.target} again after {event.wait * 1000:.0f} ms: {event.reason}"
+                self._print(_YELLOW, "retry", text)
+            case UpstreamFailedOver():
+                self._print(_YELLOW, "failover", f"{event.source} -> {event.target}: {event.reason}")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

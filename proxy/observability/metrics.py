@@ -29,6 +29,8 @@ from proxy.observability.events import (
     Notice,
     RequestFinished,
     RequestRefused,
+    UpstreamFailedOver,
+    UpstreamRetried,
 )
 from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
 from proxy.types import OTHER, Usage
@@ -134,6 +136,12 @@ class _Families:
             "Circuits of this process that changed their state, by the new one.",
             ("provider", "model", "to"),
         )
+        self.retries = Counter(
+            f"{p}retries_total",
+            "Repeated attempts at the same target, by why the one before failed.",
+            ("provider", "reason"),
+        )
+        self.failovers = Counter(f"{p}failovers_total", "Requests that went on at another target.", ("from", "to"))
         self.estimates = Histogram(
             f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
         )
@@ -150,7 +158,8 @@ class _Families:
 
     def counters(self) -> list[Counter]:
         requests = [self.requests, self.tokens, self.interruptions, self.disconnects, self.connections_refused]
-        return [*requests, self.cost, self.unpriced, self.refusals, self.store_errors, self.transitions]
+        upstream = [self.transitions, self.retries, self.failovers]
+        return [*requests, self.cost, self.unpriced, self.refusals, self.store_errors, *upstream]
 
     def histograms(self) -> list[Histogram]:
         return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates]
@@ -209,6 +218,8 @@ class Metrics:
             CircuitOpened: partial(self._circuit_moved, "open"),
             CircuitHalfOpen: partial(self._circuit_moved, "half_open"),
             CircuitClosed: partial(self._circuit_moved, "closed"),
+            UpstreamRetried: self._retried,
+            UpstreamFailedOver: self._failed_over,
         }
         self._clock = clock
         self._cache_seconds = cache_seconds
@@ -259,6 +270,12 @@ class Metrics:
     def _circuit_moved(self, to: str, event: CircuitOpened | CircuitHalfOpen | CircuitClosed) -> None:
         if event.was != to:  # else an open circuit is open for another reason
             self._families.transitions.child(event.provider, event.model, to).value += 1
+
+    def _retried(self, event: UpstreamRetried) -> None:
+        self._families.retries.child(event.provider, event.reason).value += 1
+
+    def _failed_over(self, event: UpstreamFailedOver) -> None:
+        self._families.failovers.child(event.from_provider, event.to_provider).value += 1
 
     def budget_refused(self, tenant: str, window: str, mode: str) -> None:
         """A request met a full window. (Not every one has an event of its own.)"""

@@ -30,6 +30,8 @@ from proxy.observability.events import (
     ServerDraining,
     ServerStarted,
     ServerStopped,
+    UpstreamFailedOver,
+    UpstreamRetried,
 )
 from proxy.observability.lines import MAX_LINE
 from proxy.observability.logs import FriendlyLog, JsonLog, Logging, setup_logging, wants_colour
@@ -584,3 +586,27 @@ def test_a_cancellation_is_not_swallowed() -> None:
     bus.subscribe(cancelled)
     with pytest.raises(asyncio.CancelledError):
         bus.emit(ServerDraining(in_flight=0))
+
+
+ABOUT: dict[str, Any] = {"request_id": "r", "trace_id": "t", "tenant": "acme", "model": "gpt-4o*", "attempt": 2}
+
+
+def test_what_was_tried_again_and_what_went_on_elsewhere(sink: Sink, plain: Sink) -> None:
+    again = UpstreamRetried(**ABOUT, provider="a", target="a/m", reason="server_error", wait=0.25)
+    over = UpstreamFailedOver(
+        **ABOUT, from_provider="a", to_provider="b", source="a/m", target="b/m", reason="circuit_open"
+    )
+    for event in (again, over):
+        sink.json(event)
+        plain.friendly(event)
+    common = {"level": "warning", "ts": "2026-01-01T00:00:00.123Z", **ABOUT}
+    assert sink.lines() == [
+        {**common, "event": "upstream.retried", "provider": "a", "target": "a/m", "reason": "server_error",
+         "wait_ms": 250.0},
+        {**common, "event": "upstream.failed_over", "from": "a", "to": "b", "source": "a/m", "target": "b/m",
+         "reason": "circuit_open"},
+    ]  # fmt: skip
+    assert [line.split("  ", 1)[1] for line in plain.read().splitlines()] == [
+        "retry  a/m again after 250 ms: server_error",
+        "failover  a/m -> b/m: circuit_open",
+    ]

@@ -190,6 +190,8 @@ def test_every_family_is_declared_once_with_its_type_and_the_process_is_there() 
         "breakwater_cost_unknown": "counter",
         "breakwater_budget_refusals": "counter",
         "breakwater_store_errors": "counter",
+        "breakwater_retries": "counter",
+        "breakwater_failovers": "counter",
         "breakwater_budget_used_ratio": "gauge",
         "breakwater_budget_reserved": "gauge",
         "breakwater_estimate_error_ratio": "histogram",
