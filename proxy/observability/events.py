@@ -12,6 +12,13 @@ from typing import ClassVar
 
 import msgspec
 
+from proxy.observability.upstream_events import (
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
+    UpstreamFailedOver,
+    UpstreamRetried,
+)
 from proxy.types import Usage
 
 _log = logging.getLogger("breakwater.events")
@@ -283,6 +290,11 @@ Notice = (
     | LedgerStalled
     | LedgerResumed
     | LedgerRestored
+    | CircuitOpened
+    | CircuitHalfOpen
+    | CircuitClosed
+    | UpstreamRetried
+    | UpstreamFailedOver
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 
