@@ -78,14 +78,14 @@ class Catalog:
         found: dict[str, _Model] = {}
         failed: dict[str, UpstreamError] = {}
         for route in self._routing.routes:
-            provider = route.target.partition("/")[0]
-            if tenant.providers is not None and provider not in tenant.providers:
+            provider, wanted = route.first(tenant)
+            if not provider:
                 continue
             if "*" not in route.name:
                 listed = [_entry(route.name, provider)]
             else:
                 try:
-                    listed = await self._behind(route, ask)
+                    listed = await self._behind(route, provider, wanted, ask)
                 except UpstreamError as error:
                     failed[provider] = error
                     continue
@@ -100,13 +100,13 @@ class Catalog:
     def _leads(self, name: str, route: Route, tenant: Tenant) -> bool:
         """Whether a request of `tenant` for `name` would go by `route`, and not by a more exact one or by none."""
         try:
-            return self._routing.target(name, tenant).label == route.name
+            return self._routing.targets(name, tenant)[0][0].label == route.name
         except NotFound:
             return False
 
     async def _one(self, ask: Ask, tenant: Tenant) -> _Model:
         try:
-            target = self._routing.target(ask.model, tenant)
+            target = self._routing.targets(ask.model, tenant)[0][0]
         except NotFound:
             raise _unknown() from None
         if target.label == ask.model:
@@ -116,9 +116,10 @@ class Catalog:
                 return {**model, "id": ask.model}
         raise _unknown()
 
-    async def _behind(self, route: Route, ask: Ask) -> list[_Model]:
-        """The provider's models as this glob's names: what `*` matches there is put where `*` stands here."""
-        provider, _, wanted = route.target.partition("/")
+    async def _behind(self, route: Route, provider: str, wanted: str, ask: Ask) -> list[_Model]:
+        """The provider's models as this glob's names: what `*` matches there is put where `*` stands here.
+
+        Of several targets the first one tells: the others are there to serve the same models when it cannot."""
         if "*" not in wanted:
             return []
         pattern = re.compile(re.escape(wanted).replace(r"\*", "(.*)", 1), re.DOTALL)

@@ -2,7 +2,7 @@
 
 The tree::
 
-    ProxyError                      status, type, code, param, retryable, trips_breaker, details
+    ProxyError                      status, type, code, param, retryable, details
     ├── InvalidRequest              400  invalid_request (or invalid_json, …): can never be served
     ├── InvalidKey                  401  invalid_api_key: one identical answer for no key and a wrong one
     ├── OriginNotAllowed            403  origin_not_allowed: keyless mode, a foreign page
@@ -17,7 +17,7 @@ The tree::
     │   └── ProviderFull                 that of a provider's account: the target is refused, not the request
     ├── StoreUnavailable            503  store_unavailable: the store is away, and the policy is to refuse
     ├── InternalError               500  internal_error: a fault of ours
-    └── UpstreamError                    something between us and a good answer
+    └── UpstreamError                    something between us and a good answer; what policy reads stands there
         ├── UpstreamUnavailable     503  upstream_unavailable: refused, broken, or our credential was not accepted
         │   ├── ConnectFailed            no connection: dns, refused, tls, timeout. Nothing was sent.
         │   └── UpstreamBroken           the connection or its framing broke after bytes were sent
@@ -31,23 +31,25 @@ seam where it is caught, `from` its cause; its text never becomes part of ours, 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, Final, Literal, Self
 
 import msgspec
 
 _encode = msgspec.json.Encoder().encode
 
+Cooling = Literal["rate", "credential", "forbidden"]
+"""`rate`: it asked too often. `credential`: it is not accepted, or what it may spend is spent. `forbidden`: it may not
+do this; or the text of this one request was not to be answered, for which some vendors have no other status."""
+
 
 class ProxyError(Exception):
     """The root. `message` is for a person and never quotes a foreign exception; `details` is for a program."""
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
+    status: int = 500
+    type: str = "server_error"
     code: str = "internal_error"
-    retryable: ClassVar[bool] = False
-    """Sending the same request again, elsewhere or later, can help."""
-    trips_breaker: ClassVar[bool] = False
-    """Counts as evidence against the provider's health."""
+    retryable: bool = False
+    """Sending the same request to the same place again, later, can help."""
 
     def __init__(
         self,
@@ -164,22 +166,65 @@ class InternalError(ProxyError):
 
 
 class UpstreamError(ProxyError):
+    """What went wrong at a provider, in the terms that retries, failover and the breaker decide by.
+
+    The classes say what is usual; whoever translates a provider's answer says what is different this time, with
+    `but`. `headers` are what the provider told the client of its limits and of when to come back.
+    """
+
     type = "upstream_error"
     code = "upstream_unavailable"
     status = 503
+    reason: str = "failed"
+    """One word of a closed set: the label of metrics, and what the list of attempts says."""
+    failover: bool = False
+    """Another target may well serve the same request."""
+    trips_breaker: bool = False
+    """Counts as evidence against the provider's health."""
+    local_origin: bool = False
+    """May just as well be this machine's own trouble: no evidence for the other processes."""
+    sent: bool = True
+    """Request bytes may have been written: what must not be served twice is not sent again."""
+    timed_out: bool = False
+    """It may still be at work on the request, and bill it: sent again to the same place only where that is wanted."""
+    cools: Cooling | None = None
+    """Why the credential that was used should rest."""
+    other_key: bool = False
+    """The provider has another credential that may be used at once."""
+    asked: float | None = None
+    """Seconds that the provider asked to be left alone for."""
+
+    def but(self, *, reason: str, **differences: Any) -> Self:
+        """The same error, for another reason than usual, with other attributes than those of its class."""
+        self.reason = reason
+        for name, value in differences.items():
+            if name not in POLICY:
+                raise TypeError(f"policy knows no '{name}'")
+            setattr(self, name, value)
+        return self
+
+
+POLICY: Final = ("retryable", "failover", "trips_breaker", "local_origin", "sent", "timed_out", "cools", "asked")
+"""The attributes that may differ from one error of a class to the next."""
 
 
 class UpstreamUnavailable(UpstreamError):
     retryable = True
+    failover = True
     trips_breaker = True
 
 
 class ConnectFailed(UpstreamUnavailable):
     """`reason`: dns, refused, tls, timeout, pool (no slot came free in time), network. No request byte was written."""
 
+    local_origin = True
+    sent = False
+
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+        if reason == "pool":
+            self.trips_breaker = False  # our own limit: it says nothing of the provider
 
 
 class UpstreamBroken(UpstreamUnavailable):
@@ -188,19 +233,29 @@ class UpstreamBroken(UpstreamUnavailable):
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+        if reason in ("encoding", "too_large"):  # the same again would bring the same
+            self.retryable = False
+            self.failover = reason == "encoding"
 
 
 class UpstreamTimeout(UpstreamError):
+    """Nothing came in time after the request was sent. (A connection that did not come up is a ConnectFailed.)"""
+
     status = 504
     code = "upstream_timeout"
-    retryable = True
+    reason = "upstream_timeout"
+    failover = True
     trips_breaker = True
+    timed_out = True
 
 
 class UpstreamRateLimited(UpstreamError):
     status = 429
     code = "upstream_rate_limited"
+    reason = "rate_limited"
     retryable = True
+    failover = True
+    cools = "rate"
 
 
 class StreamInterrupted(UpstreamError):
@@ -212,6 +267,7 @@ class StreamInterrupted(UpstreamError):
     """
 
     code = "stream_interrupted"
+    reason = "interrupted"
     trips_breaker = True
 
     def __init__(self, message: str, *, event: bytes | None = None) -> None:

@@ -26,7 +26,7 @@ from proxy.observability.events import Notice, OwnershipLost
 from proxy.store.base import StoreUnavailable
 from proxy.store.ownership import MOST_ID_CHARS, Owner, Ownership
 from proxy.transport.sse import events
-from proxy.types import Ask, Event, Reply, Target, Tenant
+from proxy.types import Ask, Event, Groups, Reply, Target, Tenant
 from proxy.validation.stored import unknown
 
 KNOWN: Final = 10_000
@@ -96,16 +96,18 @@ class Owners:
             home = owner
         return home
 
-    def lead(self, ask: Ask, target: Target, home: Owner) -> Target:
-        """`target`, or the same model where the object lives that `ask` names. Raises InvalidRequest."""
-        if target.provider == home.provider:
-            return target
+    def lead(self, ask: Ask, groups: Groups, home: Owner) -> Groups:
+        """Those of the targets where the object lives that `ask` names, or the same model there: no other provider
+        knows it. Raises InvalidRequest."""
+        there = (tuple(target for target in group if target.provider == home.provider) for group in groups)
+        if kept := tuple(group for group in there if group):
+            return kept
         if ask.model != home.asked:
             raise InvalidRequest(
                 f"The model '{ask.model}' is not served by the provider that keeps the object that is named.",
                 param="model",
             )
-        return Target(home.provider, home.model, target.label)
+        return ((Target(home.provider, home.model, groups[0][0].label),),)
 
     def _reaches(self, tenant: Tenant, provider: str) -> bool:
         """What a change of the configuration took away is not there any more."""

@@ -47,6 +47,8 @@ class Call:
     """Of the span that we opened for this request: forwarded upstream and returned to the client."""
     client: str
     """Peer address, without the port; empty for a unix socket."""
+    timeout_ms: bytes | None = None
+    """The header `x-breakwater-timeout-ms`, as sent."""
 
     def header(self, name: bytes) -> bytes | None:
         """First value of a header (lower-case name), or None."""
@@ -101,6 +103,10 @@ class Target:
     model: str
     label: str
     """The configured model name or glob that matched, or `other`: the `model` label of metrics."""
+
+
+Groups = Sequence[Sequence[Target]]
+"""Where a model is answered, in order of preference; the targets of one group share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +207,9 @@ class Record:
     """Readings of a monotonic clock (seconds); 0.0 is `never`."""
     first_event: float = 0.0
     upstream_ended: float = 0.0
+    """Both of the last attempt."""
+    elsewhere: float = 0.0
+    """Seconds of the attempts before it, and of waiting between them."""
     warnings: list[str] = field(default_factory=list)
 
 

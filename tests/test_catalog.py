@@ -35,7 +35,7 @@ class Stage:
         self.now = 1000.0
         self.ups = ups
         self.providers = {name: up.provider(callers_key=name == own_key) for name, up in ups.items()}
-        routing = Routing([Route(*route) for route in routes], self.providers)
+        routing = Routing([Route(name, [[target]]) for name, target in routes], self.providers)
         uncached = [own_key] if own_key else []
         self.catalog = Catalog(routing, self.providers, uncached=uncached, clock=lambda: self.now, patience=patience)
 
@@ -245,7 +245,7 @@ async def test_a_kept_connection_that_turns_out_dead_costs_a_second_try_and_no_a
         provider = OpenAIProvider("a", f"{server.origin_url}/v1", transport, Timeouts(20, 20, 20))
         now = 1000.0
         catalog = Catalog(
-            Routing([Route("*", "a/*")], ["a"]), {"a": provider}, uncached=[], clock=lambda: now, patience=20.0
+            Routing([Route("*", [["a/*"]])], ["a"]), {"a": provider}, uncached=[], clock=lambda: now, patience=20.0
         )
         for _ in range(3):
             client = Receiver()

@@ -177,9 +177,9 @@ def test_a_request_goes_where_its_object_lives(home: Owner, model: str, target: 
     owners = Scene().owners
     if target is None:
         with pytest.raises(InvalidRequest):
-            owners.lead(naming("x", model=model), TARGET, home)
+            owners.lead(naming("x", model=model), ((TARGET,),), home)
     else:
-        assert owners.lead(naming("x", model=model), TARGET, home) == target
+        assert owners.lead(naming("x", model=model), ((TARGET,),), home) == ((target,),)
 
 
 # --- what a reply makes ---------------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ from proxy.errors import (
     UpstreamUnavailable,
 )
 from proxy.owners import Owners
-from proxy.pipeline import Attempt, Pipeline
+from proxy.pipeline import Pipeline
 from proxy.providers.openai import Timeouts
 from proxy.routing import Route, Routing
 from proxy.store.ownership_memory import MemoryOwnership
 from proxy.transport.answer import NEVER, Answer, End, Outcome
 from proxy.types import Ask, Call, Event, Record, Target, Tenant, Usage
 from tests.budget.scene import RATES, Scene
+from tests.fault_tolerance.scene import failover_of
 from tests.providers.upstream import HEADERS, MESSAGES, Upstream, body_of, call, chat, events, whole
 from tests.receiver import Receiver
 
@@ -39,7 +40,7 @@ REPLY = {"choices": [{"message": {"content": "Hi"}}], "usage": {"prompt_tokens":
 CHUNK = b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}'
 USAGE = b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
 TARGET = Target("up", "m-1", "alias")
-ROUTES = [Route("alias", "up/m-1"), Route("gpt-*", "up/gpt-*")]
+ROUTES = [Route("alias", [["up/m-1"]]), Route("gpt-*", [["up/gpt-*"]])]
 
 
 def pipeline(upstream: Upstream, **more: Any) -> Pipeline:
@@ -49,7 +50,8 @@ def pipeline(upstream: Upstream, **more: Any) -> Pipeline:
     catalog = Catalog(routing, providers, uncached=[], clock=clock)
     budget = Scene(rates={"up": RATES}).budget
     owners = Owners(MemoryOwnership(), strict=False, providers=providers, emit=lambda notice: None)
-    return Pipeline(Keyless(), routing, providers, catalog, budget, owners, tenants_configured=False, clock=clock)
+    failover = failover_of(providers, max_attempts=1)
+    return Pipeline(Keyless(), routing, failover, catalog, budget, owners, tenants_configured=False, clock=clock)
 
 
 async def handled(one: Pipeline, sent: Call, client: Receiver) -> None:
@@ -149,8 +151,9 @@ async def test_a_pass_through_without_a_body_declares_none(status: int) -> None:
 
 
 async def attempted(upstream: Upstream, ask: Ask, record: Record, **more: Any) -> None:
-    attempt = Attempt(upstream.provider(**more), ask, TARGET, record, asyncio.get_running_loop().time)
-    async with attempt as reply:
+    failover = failover_of({"up": upstream.provider(**more)}, max_attempts=1)
+    hold = Scene(rates={"up": RATES}).budget.hold("default", "", want_of(ask), [TARGET], record)
+    async with hold as charge, failover.open(ask, [TARGET], charge, record, failover.bounds(ask.call)) as reply:
         await body_of(reply)
 
 
@@ -160,9 +163,9 @@ NOBODY = Answer(200, [], delay=NEVER, end=End.RESET)
 @pytest.mark.parametrize(
     ("answer", "error", "status", "reason"),
     [
-        (whole(b"{}", 500), UpstreamUnavailable, 500, "upstream_unavailable"),
-        (whole(b"{}", 401), UpstreamUnavailable, 401, "upstream_unavailable"),
-        (whole(b"{}", 429), UpstreamRateLimited, 429, "upstream_rate_limited"),
+        (whole(b"{}", 500), UpstreamUnavailable, 500, "server_error"),
+        (whole(b"{}", 401), UpstreamUnavailable, 401, "credential"),
+        (whole(b"{}", 429), UpstreamRateLimited, 429, "rate_limited"),
         (NOBODY, UpstreamBroken, None, "reset"),
         (Answer(200, [], delay=NEVER, end=End.STALL), UpstreamTimeout, None, "upstream_timeout"),
         (whole(b"<html>"), UpstreamBroken, None, "protocol"),

@@ -6,7 +6,7 @@ It is reached only with an admin key; the edge has checked that before this appl
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
@@ -41,8 +41,9 @@ def create_admin(
     budgets: Callable[[str | None], Awaitable[Rows]],
     usage: Callable[[str, str], Awaitable[Document]],
     usage_csv: Callable[[Document], str],
+    more: Iterable[Callable[[FastAPI], None]] = (),
 ) -> FastAPI:
-    """`effective` gives the configuration in force, secrets masked.
+    """`more`: add further routes. `effective` gives the configuration in force, secrets masked.
 
     `budgets`: the figures of all scopes, or of a tenant's. `usage`: what was used since a span of time, by a list of
     dimensions; it raises InvalidRequest."""
@@ -72,6 +73,8 @@ def create_admin(
         return effective()
 
     _add_budgets(app, budgets, usage, usage_csv)
+    for add in more:
+        add(app)
     _add_errors(app)
     return app
 

@@ -12,10 +12,11 @@ from functools import partial
 
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, measure, readiness_of, used_here
+from proxy.app.circuits import CircuitDesk, circuits_of
 from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
 from proxy.app.ledger import Ledger, ledger_of
 from proxy.app.owners import ownership_of
-from proxy.app.upstreams import provider_of
+from proxy.app.upstreams import failover_of, provider_of, routing_of
 from proxy.budget.hold import Budget
 from proxy.budget.rollups import as_csv
 from proxy.catalog import Catalog
@@ -27,6 +28,7 @@ from proxy.edge.auth import AdminKeys, Keyless, is_loopback
 from proxy.edge.follow import KeyFollower
 from proxy.edge.head import Limits
 from proxy.edge.settings import ListenSettings
+from proxy.fault_tolerance.guard import Circuits, NoCircuits
 from proxy.observability.events import Bus, ConnectionRefused
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.scrub import Scrubber
@@ -34,7 +36,6 @@ from proxy.owners import Owners
 from proxy.pipeline import Pipeline
 from proxy.providers.base import Provider
 from proxy.providers.settings import OpenAISettings
-from proxy.routing import Route, Routing
 from proxy.tokens.count import Counter
 
 
@@ -53,6 +54,7 @@ class Running:
         follower: KeyFollower | None,
         owners: Owners,
         ledger: Ledger,
+        circuits: Circuits | NoCircuits,
     ) -> None:
         self.gateway = gateway
         self.side = side
@@ -65,17 +67,20 @@ class Running:
         self._follower = follower
         self._owners = owners
         self._ledger = ledger
+        self.circuits = circuits
 
     async def start(self) -> None:
         """Before anything is served."""
         await self._ledger.start()
         self.budget.start()
+        self.circuits.start()
         if self._follower is not None:
             await self._follower.start()
 
     async def aclose(self) -> None:
         if self._follower is not None:
             await self._follower.aclose()
+        await self.circuits.aclose()
         await self.budget.aclose()
         await self._owners.aclose()
         await self._ledger.aclose()
@@ -94,7 +99,7 @@ def create_app(
     clock = time.monotonic  # the loop's own clock has steps of a millisecond: good for deadlines, not for measuring
     executor = ThreadPoolExecutor(1, thread_name_prefix="tokens")
     providers = {name: provider_of(name, one, scrubber) for name, one in settings.providers.items()}
-    routing = Routing((Route(model.name, model.targets[0]) for model in settings.models), providers)
+    routing = routing_of(settings)
     budget = budget_of(settings, bus, Counter(executor=executor))
     registry = registry_of(budget.access.store)
     door = door_of(settings, complete=registry is None)
@@ -102,10 +107,11 @@ def create_app(
     owners = Owners(
         ownership_of(budget.access.store), strict=bool(settings.tenants), providers=providers, emit=bus.emit
     )
+    circuits = circuits_of(settings, bus, budget.access.store)
     pipeline = Pipeline(
         door if settings.tenants else Keyless(any_host=insecure),
         routing,
-        providers,
+        failover_of(settings, providers, circuits, bus),
         Catalog(routing, providers, uncached=_with_callers_key(settings), clock=clock),
         budget,
         owners,
@@ -120,6 +126,7 @@ def create_app(
         lines_dropped=lines_dropped,
         degraded=lambda: budget.access.away,
         budgets=lambda: gauges_of(budget),
+        circuits=circuits.states,
     )
     measure(budget, metrics)
     bus.subscribe(metrics)
@@ -131,7 +138,9 @@ def create_app(
         AdminKeys(key.get_secret_value() for key in settings.admin.keys),
         metrics_open=local or settings.observability.metrics_public,
         any_host=not local,
-        admin=lambda: _admin(loaded, budget, Keys(registry, names), lambda: gateway.in_flight),
+        admin=lambda: _admin(
+            loaded, budget, Keys(registry, names), CircuitDesk(settings, circuits), lambda: gateway.in_flight
+        ),
         store=readiness_of(settings, budget),
     )
     gateway = Gateway(
@@ -144,7 +153,9 @@ def create_app(
         clock=clock,
     )
     ledger = ledger_of(settings, budget.access.store, bus)
-    return Running(gateway, side, _limits(listen), metrics, providers, executor, budget, follower, owners, ledger)
+    return Running(
+        gateway, side, _limits(listen), metrics, providers, executor, budget, follower, owners, ledger, circuits
+    )
 
 
 def _limits(listen: ListenSettings) -> Limits:
@@ -168,8 +179,9 @@ def _with_callers_key(settings: Settings) -> list[str]:
     ]
 
 
-def _admin(loaded: Loaded, budget: Budget, keys: Keys, in_flight: Callable[[], int]) -> App:
+def _admin(loaded: Loaded, budget: Budget, keys: Keys, desk: CircuitDesk, in_flight: Callable[[], int]) -> App:
     from proxy.admin.api import create_admin
+    from proxy.admin.circuits import add_circuits
     from proxy.admin.keys import add_keys
 
     admin = create_admin(
@@ -179,6 +191,7 @@ def _admin(loaded: Loaded, budget: Budget, keys: Keys, in_flight: Callable[[], i
         budgets=partial(budgets_shown, budget),
         usage=partial(used_here, budget),
         usage_csv=as_csv,
+        more=(partial(add_circuits, shown=desk.shown, command=desk.command, known=desk.known),),
     )
     add_keys(admin, AdministeredKeys(keys))
     return admin

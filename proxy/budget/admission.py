@@ -154,7 +154,7 @@ class Admission:
     async def _reserve(self, charge: Charge, target: Target) -> Plan:
         """A new reservation, at once or when its turn comes."""
         policy, waiting = charge.policy, self._waiting
-        until = self._clock() + policy.settings.wait_ms / 1000
+        until = min(self._clock() + policy.settings.wait_ms / 1000, charge.want.deadline)
         again = bool(policy.settings.wait_ms) and waiting.queued(policy.tenant) and waiting.has_room()
         if again:  # Behind those who came before.
             await waiting.turn(policy.tenant, until - self._clock())

@@ -10,6 +10,7 @@ A reservation never asks for more than a whole window holds: it would wait for e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -54,6 +55,8 @@ class Want:
     tags: str = ""
     background: bool = False
     """The reply is made whether or not anybody waits for it, and its usage is told to whoever asks later, or nobody."""
+    deadline: float = math.inf
+    """On the loop's clock: nobody waits for room beyond it."""
 
     @property
     def generates(self) -> bool:

@@ -60,7 +60,7 @@ def _forgotten(settings: Settings) -> Iterator[Finding]:
 
 def _provider(provider: OpenAISettings) -> Iterator[tuple[str, str]]:
     url = urlsplit(provider.base_url)
-    with_key = provider.passes_client_key or provider.credential is not None
+    with_key = provider.passes_client_key or bool(provider.credentials)
     if url.scheme == "http" and with_key and not is_loopback(url.hostname or ""):
         yield "base_url", "the key travels unencrypted: use https, unless the network between is trusted"
     if url.scheme == "https" and not with_key:

@@ -15,7 +15,7 @@ from typing import Final
 from proxy.config import scalars
 from proxy.config.interpolate import Uninterpolable, interpolate
 from proxy.config.problems import NOWHERE, Path, Place, Problem, did_you_mean, problem
-from proxy.config.shape import Leaf, LeafType, ListOf, MapOf, Record, Shape, Variants, WordOr
+from proxy.config.shape import Leaf, LeafType, ListOf, MapOf, OneOrList, Record, Shape, Variants, WordOr
 from proxy.config.tree import Broken, Items, Node, Scalar, Table
 
 BAD: Final = object()
@@ -66,6 +66,10 @@ class Binding:
             return self._leaf(node, shape, path)
         if isinstance(shape, ListOf):
             return self._list(node, shape, path)
+        if isinstance(shape, OneOrList):
+            if isinstance(node, Items):
+                return self._list(node, ListOf(shape.item), path)
+            return self._leaf(node, shape.item, path)
         if isinstance(shape, WordOr):
             return self._word_or(node, shape, path)
         if isinstance(node, Scalar) and node.style == "plain" and node.text in scalars.NULLS:

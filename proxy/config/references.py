@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from proxy.budget.settings import LedgerSettings, SinkSettings
 from proxy.config.problems import Path, did_you_mean, render
 from proxy.edge.settings import AdminSettings, TenantSettings
+from proxy.fault_tolerance.settings import FaultToleranceSettings
 from proxy.providers.settings import OpenAISettings, ProviderSettings
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def findings(
     tenants: Sequence[TenantSettings | None],
     admin: AdminSettings | None,
     ledger: LedgerSettings | None,
+    fault_tolerance: FaultToleranceSettings | None = None,
     *,
     makes_keys: bool,
 ) -> Iterator[Finding]:
@@ -49,8 +51,13 @@ def findings(
     yield from _providers(providers, bool(tenants))
     yield from _unique_names("models", models)
     for index, model in enumerate(models):
-        targets = [target.partition("/")[0] for target in model.targets] if model else []
-        yield from _dangling(("models", index, "targets"), targets, providers)
+        for place, targets in enumerate(model.targets if model else ()):
+            at: Path = ("models", index, "targets", place)
+            if isinstance(targets, tuple):
+                names = [target.partition("/")[0] for target in targets]
+                yield from _dangling(at, names, providers)
+            else:
+                yield from _unknown(at, targets.partition("/")[0], providers)
     yield from _unique_names("tenants", tenants)
     for index, tenant in enumerate(tenants):
         yield from _dangling(("tenants", index, "providers"), (tenant and tenant.providers) or (), providers)
@@ -58,6 +65,8 @@ def findings(
             yield ("tenants", index, "keys"), _WITHOUT_KEYS
     yield from _unique_keys(tenants, admin)
     yield from _unique_files((ledger and ledger.sinks) or ())
+    fallback = fault_tolerance and fault_tolerance.fallback_provider
+    yield from _unknown(("fault_tolerance", "fallback_provider"), (fallback or "").partition("/")[0], providers)
 
 
 def _providers(providers: Mapping[str, ProviderSettings | None], with_tenants: bool) -> Iterator[Finding]:
@@ -81,8 +90,12 @@ def _unique_names(section: str, entries: Sequence[ModelSettings | TenantSettings
 
 def _dangling(path: Path, names: Sequence[str], providers: Mapping[str, object]) -> Iterator[Finding]:
     for position, name in enumerate(names):
-        if name and name not in providers:
-            yield (*path, position), f"no provider is named '{name}': {did_you_mean(name, providers)}"
+        yield from _unknown((*path, position), name, providers)
+
+
+def _unknown(path: Path, name: str, providers: Mapping[str, object]) -> Iterator[Finding]:
+    if name and name not in providers:
+        yield path, f"no provider is named '{name}': {did_you_mean(name, providers)}"
 
 
 def _unique_keys(tenants: Sequence[TenantSettings | None], admin: AdminSettings | None) -> Iterator[Finding]:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LedgerSettings, LimitSettings, PriceSettings
 from proxy.config.problems import render
 from proxy.config.references import findings
+from proxy.config.shape import TAGS, one_or_list
 from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
+from proxy.fault_tolerance.settings import FaultToleranceSettings
 from proxy.observability.settings import ObservabilitySettings
 from proxy.providers.settings import CLIENT, ProviderSettings
 from proxy.settings import Section
@@ -25,6 +37,10 @@ def _target(value: str) -> str:
 
 
 TargetText = Annotated[str, AfterValidator(_target)]
+_Shared = Annotated[tuple[TargetText, ...], Field(min_length=1)]
+OneTarget = Annotated[
+    Annotated[TargetText, Tag(TAGS[0])] | Annotated[_Shared, Tag(TAGS[1])], Discriminator(one_or_list)
+]
 
 
 class ModelSettings(Section):
@@ -32,8 +48,9 @@ class ModelSettings(Section):
 
     name: str = Field(min_length=1, max_length=256)
     """Name or glob: an exact name wins, then the longest glob, then the order of the file."""
-    targets: tuple[TargetText, ...]
-    """One target, PROVIDER/MODEL; a * in it stands for what the glob matched."""
+    targets: tuple[OneTarget, ...] = Field(min_length=1)
+    """PROVIDER/MODEL in the order in which they are tried; those of an inner list share the load; a * in one stands for
+    what the glob matched."""
     price: PriceSettings | Literal["none"] | None = None
     """USD per million tokens, where the provider's own entry has none; none: it costs nothing; null: the price list."""
     context_window: Count | None = None
@@ -43,16 +60,27 @@ class ModelSettings(Section):
 
     @field_validator("targets")
     @classmethod
-    def _is_one_target(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if len(value) != 1:
-            raise ValueError(f"this version takes exactly one target for a model, got {len(value)}")
+    def _are_targets(cls, value: tuple[str | tuple[str, ...], ...], info: ValidationInfo) -> Any:
         name = info.data.get("name")
-        provider, _, model = value[0].partition("/")
-        if "*" in provider:
-            raise ValueError("a * may stand in the model's part only: PROVIDER/*")
-        if "*" in model and name is not None and name.count("*") != 1:
-            raise ValueError("a * in a target needs a name with exactly one *, for it is what that matched")
+        flat = [target for group in _groups(value) for target in group]
+        for target in flat:
+            provider, _, model = target.partition("/")
+            if "*" in provider:
+                raise ValueError("a * may stand in the model's part only: PROVIDER/*")
+            if "*" in model and name is not None and name.count("*") != 1:
+                raise ValueError("a * in a target needs a name with exactly one *, for it is what that matched")
+        if len(set(flat)) < len(flat):
+            raise ValueError("the same target stands there twice")
         return value
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The targets in order; those of one group share."""
+        return _groups(self.targets)
+
+
+def _groups(targets: tuple[str | tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple((one,) if isinstance(one, str) else one for one in targets)
 
 
 class Settings(Section):
@@ -84,6 +112,8 @@ class Settings(Section):
     """What each tenant may spend. Written, it enforces; unwritten, it observes 40,000 tokens and 2 USD a minute."""
     ledger: LedgerSettings = LedgerSettings()
     """The record of what was spent."""
+    fault_tolerance: FaultToleranceSettings = FaultToleranceSettings()
+    """What happens when a provider fails: retries, the circuit breaker, the fallback."""
     observability: ObservabilitySettings = ObservabilitySettings()
     """Logs and metrics."""
 
@@ -114,6 +144,7 @@ class Settings(Section):
                 self.tenants,
                 self.admin,
                 self.ledger,
+                self.fault_tolerance,
                 makes_keys=self.state.get_secret_value() != MEMORY,
             )
         ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
@@ -77,7 +77,23 @@ class WordOr:
     nullable: bool
 
 
-Shape = Leaf | ListOf | MapOf | Record | Variants | WordOr
+@dataclass(frozen=True, slots=True)
+class OneOrList:
+    """A single value, or a list of such values in its place."""
+
+    item: Leaf
+
+
+Shape = Leaf | ListOf | MapOf | OneOrList | Record | Variants | WordOr
+"""What may stand in one place of the file."""
+
+TAGS: Final = ("one", "list")
+"""How a model tells the two forms of a `OneOrList` apart. They show in the paths of pydantic's errors only."""
+
+
+def one_or_list(value: object) -> str:
+    """The tag of a value's form."""
+    return TAGS[1] if isinstance(value, tuple) else TAGS[0]
 
 
 @cache
@@ -131,4 +147,7 @@ def _union(arguments: tuple[Any, ...], discriminator: object) -> Shape:
         for member in members:
             options |= dict.fromkeys(get_args(member.model_fields[discriminator].annotation), record(member))
         return Variants(discriminator, options)
+    shapes = [_shape(argument) for argument in members]
+    if len(shapes) == 2 and isinstance(shapes[0], Leaf) and shapes[1] == ListOf(shapes[0]):
+        return OneOrList(shapes[0])
     raise TypeError(f"a configuration cannot hold a union of {arguments}")

@@ -11,7 +11,7 @@ from proxy.config import messages
 from proxy.config.bind import BAD, Binding
 from proxy.config.problems import Path, Problem, problem, render
 from proxy.config.references import findings
-from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr
+from proxy.config.shape import TAGS, Leaf, ListOf, MapOf, OneOrList, Record, Shape, Variants, WordOr
 from proxy.store.address import MEMORY
 
 Pieces = dict[str, Any]
@@ -80,7 +80,7 @@ def _written(path: Path, binding: Binding) -> Path | None:
     the word, which a section is not: the section's own faults are told."""
     at: Path = ()
     for step in path:
-        if isinstance(step, str) and "[" in step and (*at, step) not in binding.places:
+        if isinstance(step, str) and ("[" in step or step in TAGS) and (*at, step) not in binding.places:
             if step.startswith("literal["):
                 return None
         else:
@@ -99,6 +99,7 @@ def _between(pieces: Pieces, wrong: list[Problem], binding: Binding) -> list[Pro
         pieces.get("tenants") or (),
         pieces.get("admin"),
         pieces.get("ledger"),
+        pieces.get("fault_tolerance"),
         makes_keys=pieces.get("state", MEMORY) != MEMORY,
     )
     return [
@@ -119,6 +120,8 @@ def _salvaged(value: Any, shape: Shape) -> Any:
     if isinstance(shape, Leaf):
         text = "" if value is BAD else value
         return SecretStr(text) if shape.type == "secret" and isinstance(text, str) else text
+    if isinstance(shape, OneOrList):
+        return _salvaged(value, ListOf(shape.item) if isinstance(value, tuple) else shape.item)
     if isinstance(shape, WordOr):
         return _salvaged(value, shape.record) if isinstance(value, dict) else None
     if isinstance(shape, ListOf):

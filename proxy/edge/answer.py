@@ -204,13 +204,14 @@ class Answer:
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
-    async def _commit(self, status: int, headers: Headers, length: int | None = None) -> None:
+    async def _commit(self, status: int, headers: Headers, length: int | None = None, *, answered: bool = True) -> None:
+        """`answered`: it is known who answers. Before that, another provider than the one being asked still may."""
         if not self._streaming:
             self._stop_beats()  # in any other body a comment would be garbage, however slowly the client takes it
         self._committed = True
         self.status = status
         self._left = length
-        own = self._own_headers()
+        own = self._own_headers(answered=answered)
         if self.record.rate_limits:
             names = {name for name, _ in headers}  # an error that speaks of limits itself knows better
             own += [header for header in self.record.rate_limits if header[0] not in names]
@@ -221,10 +222,10 @@ class Answer:
         else:
             await self._send({"type": "http.response.start", "status": status, "headers": own + headers})
 
-    def _own_headers(self) -> Headers:
+    def _own_headers(self, *, answered: bool) -> Headers:
         own: Headers = [(b"x-request-id", self._request_id.encode()), (b"traceparent", self._traceparent.encode())]
         record = self.record
-        if record.provider:
+        if record.provider and answered:
             own.append((b"x-breakwater-provider", record.provider.encode()))
             if record.upstream_model:
                 own.append((b"x-breakwater-model", _header_text(record.upstream_model)))
@@ -275,7 +276,7 @@ class Answer:
         """Commits 200 if nothing was sent yet, and sends a comment. The pipeline's next write waits for its end."""
         if not self._committed:
             self._streaming = True
-            await self._commit(200, _STREAM_HEADERS)
+            await self._commit(200, _STREAM_HEADERS, answered=False)
         await self._body(_KEEP_ALIVE)
 
     def _stop_beats(self) -> None:

@@ -72,6 +72,7 @@ class Exchange:
         "_service",
         "_started",
         "_task",
+        "_timeout_ms",
         "_traceparent",
     )
 
@@ -84,6 +85,7 @@ class Exchange:
         headers = dict(scope["headers"])
         self._request_id = request_id(headers.get(b"x-request-id"), service.random)
         self._traceparent = traceparent(headers.get(b"traceparent"), service.random)
+        self._timeout_ms = headers.get(b"x-breakwater-timeout-ms")
         self._started = service.clock()
         self._answer = Answer(
             send,
@@ -194,6 +196,7 @@ class Exchange:
             self._request_id,
             self._traceparent,
             scope["client"][0] if scope["client"] else "",
+            self._timeout_ms,
         )
 
     async def _read(self) -> bytes:
@@ -250,7 +253,7 @@ class Exchange:
                 status=answer.status,
                 stream=record.stream,
                 duration=duration,
-                overhead=max(duration - (upstream or 0.0), 0.0),
+                overhead=max(duration - (upstream or 0.0) - record.elsewhere, 0.0),
                 upstream_duration=upstream,
                 time_to_first_token=record.first_event - self._started if streamed else None,
                 usage=record.usage,

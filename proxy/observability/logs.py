@@ -16,6 +16,9 @@ from proxy.money import usd_text
 from proxy.observability import tracebacks
 from proxy.observability.events import (
     BudgetRefused,
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
     ConnectionRefused,
     InternalFault,
     KeysFollowed,
@@ -36,6 +39,8 @@ from proxy.observability.events import (
     StoreMisconfigured,
     StoreRecovered,
     StoreReset,
+    UpstreamFailedOver,
+    UpstreamRetried,
 )
 from proxy.observability.lines import LEVELS, MAX_LINE, Lines, printable
 from proxy.observability.scrub import Scrubber
@@ -140,7 +145,7 @@ def _add_trouble(fields: dict[str, Any], event: RequestFinished) -> None:
 
 _WARNINGS: Final = (
     RequestRefused, ConnectionRefused, BudgetRefused, StoreDegraded, StoreReset, StoreMisconfigured, SettlementsLost,
-    LedgerStalled, KeysLost, KeysStale, OwnershipLost,
+    LedgerStalled, KeysLost, KeysStale, OwnershipLost, CircuitOpened, UpstreamRetried, UpstreamFailedOver,
 )  # fmt: skip
 
 
@@ -181,14 +186,23 @@ def _fields(event: Notice) -> dict[str, Any]:
             return {**ids, "where": event.where, "traceback": tracebacks.render(event.exc)}
         case KeysFollowed():
             return {"stale_ms": _ms(event.stale)}
-        case LedgerStalled() | LedgerRestored():
+        case LedgerStalled() | LedgerRestored() | CircuitOpened() | CircuitHalfOpen() | CircuitClosed():
             return msgspec.structs.asdict(event)
         case LedgerResumed():
             return {"file": event.file, "away_ms": _ms(event.away), "gap": event.gap}
+        case UpstreamRetried():
+            return {**_without(event, "wait"), "wait_ms": _ms(event.wait)}
+        case UpstreamFailedOver():
+            places = {"from": event.from_provider, "to": event.to_provider}
+            return {**_without(event, "from_provider", "to_provider"), **places}
         case RequestFinished():
             raise AssertionError("written by JsonLog itself")
         case _:  # its own members, those that say something
             return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", None)}
+
+
+def _without(event: Notice, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(event).items() if name not in names}
 
 
 _GREEN: Final = "32"
@@ -250,6 +264,19 @@ class FriendlyLog:
                 self._print(_GREEN, "ledger", f"is written again after {event.away:.1f} s: {event.file}")
             case LedgerRestored():
                 self._print(_GREY, "ledger", f"{event.records} records of this month were found in {event.file}")
+            case CircuitOpened():
+                text = f"{event.provider}/{event.model} open by {event.scope}: {', '.join(event.why)}"
+                self._print(_RED, "circuit", text)
+            case CircuitHalfOpen():
+                self._print(_YELLOW, "circuit", f"{event.provider}/{event.model} is probed by one request")
+            case CircuitClosed():
+                text = f"{event.provider}/{event.model} closed after {event.open_seconds:.1f} s"
+                self._print(_GREEN, "circuit", text)
+            case UpstreamRetried():
+                text = f"{event.target} again after {event.wait * 1000:.0f} ms: {event.reason}"
+                self._print(_YELLOW, "retry", text)
+            case UpstreamFailedOver():
+                self._print(_YELLOW, "failover", f"{event.source} -> {event.target}: {event.reason}")
             case ServerStopped() | ServerStarted():
                 pass  # The command says itself that it started and stopped.
 

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -20,7 +21,17 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from proxy.money import NANO
-from proxy.observability.events import ConnectionRefused, Notice, RequestFinished, RequestRefused
+from proxy.observability.events import (
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
+    ConnectionRefused,
+    Notice,
+    RequestFinished,
+    RequestRefused,
+    UpstreamFailedOver,
+    UpstreamRetried,
+)
 from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
 from proxy.types import OTHER, Usage
 
@@ -120,6 +131,17 @@ class _Families:
         self.store_errors = Counter(
             f"{p}store_errors_total", "Calls that the store of budgets did not answer as it should.", ("op",)
         )
+        self.transitions = Counter(
+            f"{p}circuit_transitions_total",
+            "Circuits of this process that changed their state, by the new one.",
+            ("provider", "model", "to"),
+        )
+        self.retries = Counter(
+            f"{p}retries_total",
+            "Repeated attempts at the same target, by why the one before failed.",
+            ("provider", "reason"),
+        )
+        self.failovers = Counter(f"{p}failovers_total", "Requests that went on at another target.", ("from", "to"))
         self.estimates = Histogram(
             f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
         )
@@ -136,7 +158,8 @@ class _Families:
 
     def counters(self) -> list[Counter]:
         requests = [self.requests, self.tokens, self.interruptions, self.disconnects, self.connections_refused]
-        return [*requests, self.cost, self.unpriced, self.refusals, self.store_errors]
+        upstream = [self.transitions, self.retries, self.failovers]
+        return [*requests, self.cost, self.unpriced, self.refusals, self.store_errors, *upstream]
 
     def histograms(self) -> list[Histogram]:
         return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates]
@@ -148,7 +171,8 @@ class _Families:
 class Metrics:
     """A subscriber of the bus that owns every series, and renders them.
 
-    `in_flight` and `lines_dropped` are read at each scrape. `clock` is in seconds and drives only the page's cache.
+    `in_flight`, `lines_dropped` and `circuits` (states by provider and model) are read at each scrape.
+    `clock` is in seconds and drives only the page's cache.
     Call it (and `render`) from one thread, the event loop's.
     """
 
@@ -161,6 +185,7 @@ class Metrics:
         lines_dropped: Callable[[], int],
         degraded: Callable[[], bool] = lambda: False,
         budgets: Callable[[], Awaitable[Gauged]] | None = None,
+        circuits: Callable[[], Mapping[tuple[str, ...], float]] = dict,
         clock: Callable[[], float] = time.monotonic,
         max_series: int = 20_000,
         cache_seconds: float = 1.0,
@@ -179,6 +204,8 @@ class Metrics:
             Reading("breakwater_build_info", "The running version.", "gauge", _one, version=version),
         ]
         self._budgets = budgets
+        self._circuits = circuits
+        self._circuit_state = Gauge("breakwater_circuit_state", "0 closed, 1 half-open, 2 open.", ("provider", "model"))
         self._used = Gauge("breakwater_budget_used_ratio", "Part of a limit that is spent.", ("tenant", "window"))
         self._reserved = Gauge("breakwater_budget_reserved", "Reserved by requests in progress.", ("tenant", "unit"))
         self._process = CollectorRegistry()
@@ -188,6 +215,11 @@ class Metrics:
             RequestFinished: self._finished,
             RequestRefused: self._refused,
             ConnectionRefused: self._connection_refused,
+            CircuitOpened: partial(self._circuit_moved, "open"),
+            CircuitHalfOpen: partial(self._circuit_moved, "half_open"),
+            CircuitClosed: partial(self._circuit_moved, "closed"),
+            UpstreamRetried: self._retried,
+            UpstreamFailedOver: self._failed_over,
         }
         self._clock = clock
         self._cache_seconds = cache_seconds
@@ -235,6 +267,16 @@ class Metrics:
     def _connection_refused(self, event: ConnectionRefused) -> None:
         self._families.connections_refused.child(event.code).value += 1
 
+    def _circuit_moved(self, to: str, event: CircuitOpened | CircuitHalfOpen | CircuitClosed) -> None:
+        if event.was != to:  # else an open circuit is open for another reason
+            self._families.transitions.child(event.provider, event.model, to).value += 1
+
+    def _retried(self, event: UpstreamRetried) -> None:
+        self._families.retries.child(event.provider, event.reason).value += 1
+
+    def _failed_over(self, event: UpstreamFailedOver) -> None:
+        self._families.failovers.child(event.from_provider, event.to_provider).value += 1
+
     def budget_refused(self, tenant: str, window: str, mode: str) -> None:
         """A request met a full window. (Not every one has an event of its own.)"""
         self._families.refusals.child(tenant, window, mode).value += 1
@@ -274,7 +316,8 @@ class Metrics:
             used, reserved = await self._budgets()
             self._used.replace(used)
             self._reserved.replace(reserved)
-        gauges = [self._used, self._reserved]
+        self._circuit_state.replace(self._circuits())
+        gauges = [self._used, self._reserved, self._circuit_state]
         snapshot = Snapshot([*self._families.counters(), *self._readings, *gauges], self._families.histograms())
         loop = asyncio.get_running_loop()
         self._page = await loop.run_in_executor(self._executor, self._write, snapshot)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 import msgspec
-import orjson
 
-from proxy.errors import UpstreamBroken, UpstreamUnavailable
+from proxy.errors import UpstreamBroken
+from proxy.providers.refusals import error_in, fault_in
 from proxy.providers.reshape import chat_to_stream, lenient, response_to_stream
 from proxy.providers.streams import NO_ERROR
 from proxy.tokens.usage import usage_of
@@ -25,14 +25,14 @@ _body = msgspec.json.Decoder(_Body).decode
 
 
 def usage_in(body: bytes) -> Usage | None:
-    """The usage of a plain reply. Raises UpstreamBroken when it is no JSON object, UpstreamUnavailable when it is an
-    error in the clothes of a success (some routers answer 200 once the model has started)."""
+    """The usage of a plain reply. Raises UpstreamBroken when it is no JSON object, and what `fault_in` makes
+    of an error in the clothes of a success (some routers answer 200 once the model has started)."""
     try:
         reply = lenient(_body, body)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UpstreamBroken("The provider's reply is not a JSON object.", reason="protocol") from error
     if reply.error is not _ABSENT and bytes(reply.error) not in NO_ERROR and _is_bare_error(body):
-        raise UpstreamUnavailable("The provider answered 200 with an error.")
+        raise fault_in("The provider answered 200 with an error.", error_in(body))
     return None if reply.usage is _ABSENT else usage_of(reply.usage)
 
 
@@ -63,14 +63,3 @@ def as_stream(ask: Ask, body: bytes) -> bytes:
         raise UpstreamBroken(
             "The provider answered a stream with a body of another kind.", reason="protocol"
         ) from error
-
-
-def error_object(event: bytes | None) -> dict[str, object] | None:
-    """The error object of an error event, if it has one."""
-    if event is None:
-        return None
-    try:
-        error = orjson.loads(event.partition(b"data:")[2])["error"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return None
-    return error if isinstance(error, dict) else None

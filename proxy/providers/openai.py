@@ -4,17 +4,21 @@ One request up, one reply down. What a status means is decided here, once::
 
     2xx             the reply, in the shape that the client asked for
     401 402 403     our credential's fault, not the client's: UpstreamUnavailable (with the caller's own key: passed)
-    429             UpstreamRateLimited with the provider's Retry-After
+    429             UpstreamRateLimited with the provider's Retry-After; of a spent account, as 402
     other 4xx       the client's fault: status and body passed unchanged, known secrets replaced
     3xx 5xx         UpstreamUnavailable; redirects are never followed
+
+A credential that was refused rests; which one a request gets is in `keys`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from random import random
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -29,8 +33,14 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from proxy.providers.bodies import as_stream, error_object, usage_in, usage_told
+from proxy.fault_tolerance.backoff import asked
+from proxy.fault_tolerance.sharing import together
+from proxy.providers.base import Resting
+from proxy.providers.bodies import as_stream, usage_in, usage_told
 from proxy.providers.headers import caller_key, first, request_id, to_client, to_provider, when_to_come_back
+from proxy.providers.keys import Keys
+from proxy.providers.opening import Promises, all_bring, chunk_promises, response_promises
+from proxy.providers.refusals import error_object, fault_in, meaning_in, meaning_of, quota_spent
 from proxy.providers.replies import PlainReply, RawReply, content_coding, first_piece, read_whole
 from proxy.providers.reshape import edited, floats_to_base64
 from proxy.providers.streams import (
@@ -82,13 +92,16 @@ class OpenAIProvider:
         transport: Transport,
         timeouts: Timeouts,
         *,
-        api_key: str | None = None,
+        api_keys: Sequence[str] = (),
         callers_key: bool = False,
         extra_headers: Headers | None = None,
         scrub: Callable[[bytes], bytes] = bytes,
+        random: Callable[[], float] = random,
+        wall: Callable[[], float] = time.time,
     ) -> None:
-        """`callers_key` passes the caller's own bearer on instead of `api_key`; `scrub` takes known secrets out of a
-        body that is passed to the client."""
+        """`api_keys`: none for a server without keys. `callers_key` passes the caller's own bearer on instead; `scrub`
+        takes known secrets out of a body that is passed to the client. `random` is uniform in [0, 1), `wall` seconds
+        since 1970."""
         self.name = name
         self.timeouts = timeouts
         self._transport = transport
@@ -97,19 +110,30 @@ class OpenAIProvider:
         self._prefix = url.path.rstrip("/").encode()
         self._callers_key = callers_key
         self._fixed: Headers = [_AGENT, _IDENTITY, *(extra_headers or [])]
-        if api_key is not None:
-            self._fixed.append((b"authorization", b"Bearer " + api_key.encode()))
         self._scrub = scrub
+        self._wall = wall
         self._now = asyncio.get_running_loop().time
+        bearers: list[Headers] = [[(b"authorization", b"Bearer " + key.encode())] for key in api_keys]
+        self._keys = Keys(bearers or [[]], now=self._now, random=random)
+        self._several = len(bearers) > 1
+        if len(bearers) == 1:
+            self._fixed += bearers[0]
         self._refuses_usage: set[str] = set()
         """Models whose server refused a stream with our own wish for usage, and served it without."""
 
     async def aclose(self) -> None:
         await self._transport.aclose()
 
-    async def open(self, ask: Ask, model: str, *, output_cap: int | None = None) -> Reply:
+    def resting(self, model: str) -> Resting | None:
+        """See `Provider.resting`."""
+        return self._keys.resting(model) if self._keys.rests else None
+
+    async def open(
+        self, ask: Ask, model: str, *, output_cap: int | None = None, deadline: float | None = None
+    ) -> Reply:
         """See `Provider.open`."""
-        deadline = self._now() + (self.timeouts.first_event if ask.stream else self.timeouts.total)
+        own = self._now() + (self.timeouts.first_event if ask.stream else self.timeouts.total)
+        deadline = own if deadline is None or own < deadline else deadline
         if not ask.stream or ask.wants_usage or ask.dialect not in _USAGE_OPTION or model in self._refuses_usage:
             return await self._try(ask, model, deadline, output_cap, asked_usage=False)
         reply = await self._try(ask, model, deadline, output_cap, asked_usage=True)
@@ -123,12 +147,21 @@ class OpenAIProvider:
         return reply
 
     async def _try(self, ask: Ask, model: str, deadline: float, output_cap: int | None, *, asked_usage: bool) -> Reply:
-        response = await self._transport.send(self._request(ask, model, asked_usage, output_cap), deadline)
+        keys, key = self._keys, 0
+        request = self._request(ask, model, asked_usage, output_cap)
+        if self._several:
+            key = keys.pick(model, together(ask))
+            request.headers += keys.headers(key)
+        response = await self._transport.send(request, deadline)
         try:
             reply = await self._reply(ask, response, deadline, asked_usage)
-        except BaseException:
+        except BaseException as error:
             await response.aclose()
+            if isinstance(error, UpstreamError) and error.cools is not None and not self._callers_key:
+                error.other_key = keys.refused(key, model, error.cools, error.asked) and self._several
             raise
+        if keys.rests:
+            keys.accepted(key, model)
         if isinstance(reply, PlainReply):
             await response.aclose()
         return reply
@@ -210,10 +243,11 @@ class OpenAIProvider:
     ) -> Reply:
         judge: Callable[[bytes, bytes], Verdict | None]
         ordinary: Callable[[bytes], bytes | None] | None = None
+        promises: Promises = chunk_promises
         if ask.dialect == "responses":
-            judge = judge_response_event
+            judge, promises = judge_response_event, response_promises
         elif ask.dialect == "passthrough":
-            judge = _pass_and_count if _generates(ask) else _pass_any
+            judge, promises = (_pass_and_count if _generates(ask) else _pass_any), all_bring
         else:
             judge = partial(judge_chunk, asked_usage)
             ordinary = partial(pass_ordinary, asked_usage)
@@ -222,6 +256,7 @@ class OpenAIProvider:
             headers,
             judge=judge,
             ordinary=ordinary,
+            promises=promises,
             idle=self.timeouts.idle,
             terminated=ask.dialect != "passthrough",
             upstream_request_id=request_id(response.headers),
@@ -236,39 +271,59 @@ class OpenAIProvider:
     def _error_first(self, error: StreamInterrupted, headers: Headers) -> Reply:
         """200 and then an error: nothing was forwarded yet, so it can still be the status answer that it should be."""
         details = error_object(error.event)
-        if details is not None and details.get("type") == "invalid_request_error":
+        if meaning_of(details) in ("request", "context_length", "content_policy"):
             body = orjson.dumps({"error": details})
             return PlainReply(400, _typed(headers, b"application/json"), body)
-        if details is not None and "rate_limit" in f"{details.get('type')} {details.get('code')}":
-            raise UpstreamRateLimited("The provider's rate limit is reached.") from error
-        raise UpstreamUnavailable("The provider answered with an error event.") from error
+        raise fault_in("The provider answered with an error event.", details) from error
 
     async def _refusal(self, response: Response, deadline: float) -> Reply:
         status = response.status
         upstream_id = request_id(response.headers)
         own_fault = status in (401, 402, 403) and not self._callers_key
         if not (own_fault or status == 429 or status >= 500 or status < 400):
-            body = self._scrub(await read_whole(response, deadline, _ERROR_BYTES))
-            return PlainReply(
-                status, to_client(response.headers, passthrough=False), body, upstream_request_id=upstream_id
-            )
-        await self._finish_error(response, deadline)
+            return await self._passed_refusal(response, deadline)
+        body = await self._error_body(response, deadline)
         facts: dict[str, Any] = {"upstream_status": status, "upstream_request_id": upstream_id}
-        if status == 429:
-            wait = when_to_come_back(response.headers)
-            raise UpstreamRateLimited("The provider's rate limit is reached.", headers=wait, **facts)
+        if own_fault and status == 402:
+            raise quota_spent(**facts)
+        if status == 429 and meaning_in(body) == "quota":
+            if not self._callers_key:
+                raise quota_spent(**facts)
+            headers = [*to_client(response.headers, passthrough=False), (b"x-should-retry", b"false")]
+            return PlainReply(status, headers, self._scrub(body), upstream_request_id=upstream_id, meaning="quota")
         if own_fault:
-            raise UpstreamUnavailable("The provider did not accept this gateway's credential.", **facts)
+            refused = UpstreamUnavailable("The provider did not accept this gateway's credential.", **facts)
+            cools = "forbidden" if status == 403 else "credential"
+            raise refused.but(reason="credential", retryable=False, trips_breaker=False, cools=cools)
+        wait = when_to_come_back(response.headers)
+        seconds = asked(response.headers, self._wall())
+        if status == 429:
+            limited = UpstreamRateLimited("The provider's rate limit is reached.", headers=wait, **facts)
+            raise limited.but(reason="rate_limited", asked=seconds)
+        if status < 400:
+            moved = UpstreamUnavailable(f"The provider answered {status}.", **facts)
+            raise moved.but(reason="redirect", retryable=False)
         if status == 504:
-            raise UpstreamTimeout("The provider answered 504: it timed out itself.", **facts)
-        raise UpstreamUnavailable(f"The provider answered {status}.", **facts)
+            late = UpstreamTimeout("The provider answered 504: it timed out itself.", **facts)
+            raise late.but(reason="server_error", retryable=True, asked=seconds)
+        reason = "overloaded" if status in (503, 529) else "server_error"
+        raise UpstreamUnavailable(f"The provider answered {status}.", **facts).but(reason=reason, asked=seconds)
 
-    async def _finish_error(self, response: Response, deadline: float) -> None:
-        """Reads what is left of an answer that we only report, so that its connection can serve again."""
+    async def _passed_refusal(self, response: Response, deadline: float) -> Reply:
+        """The client's own fault, in the provider's own words."""
+        body = self._scrub(await read_whole(response, deadline, _ERROR_BYTES))
+        headers = to_client(response.headers, passthrough=False)
+        meaning = meaning_in(body) if response.status in (400, 413, 422) else "request"
+        return PlainReply(
+            response.status, headers, body, upstream_request_id=request_id(response.headers), meaning=meaning
+        )
+
+    async def _error_body(self, response: Response, deadline: float) -> bytes:
+        """Of an answer that we only report: for its code, and so that its connection can serve again."""
         try:
-            await read_whole(response, min(deadline, self._now() + _ERROR_SECONDS), _ERROR_BYTES)
+            return await read_whole(response, min(deadline, self._now() + _ERROR_SECONDS), _ERROR_BYTES)
         except UpstreamError:
-            pass
+            return b""
 
 
 def _pass_any(raw: bytes, data: bytes) -> Verdict | None:

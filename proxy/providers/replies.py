@@ -9,6 +9,7 @@ from typing import Final
 
 from proxy.errors import UpstreamBroken
 from proxy.providers.headers import first
+from proxy.providers.refusals import Meaning
 from proxy.transport.base import Response
 from proxy.types import Event, Headers, Usage
 
@@ -81,6 +82,7 @@ class PlainReply:
         "body",
         "headers",
         "length",
+        "meaning",
         "status",
         "stream",
         "upstream_request_id",
@@ -95,15 +97,17 @@ class PlainReply:
         usage: Usage | None = None,
         upstream_request_id: str = "",
         terminator: int = 0,
+        meaning: Meaning | None = None,
     ) -> None:
         """`terminator`: the body is a finished event stream (a plain answer to a wish for one) that ends in a
-        terminator of so many bytes."""
+        terminator of so many bytes. `meaning`: of a refusal, what is wrong."""
         self.status = status
         self.headers = headers
         self.stream = terminator > 0
         self.length = None if terminator else len(body)
         self.upstream_request_id = upstream_request_id
         self.body = body
+        self.meaning = meaning
         self._event: Event | None = Event(body, usage, terminator)
 
     @property

@@ -38,7 +38,7 @@ class Timeouts(Section):
     connect_ms: Milliseconds = 5000
     """Milliseconds to connect, TLS included."""
     first_event_ms: Milliseconds = 300_000
-    """Streams: milliseconds from the request until the first event."""
+    """Streams: milliseconds from the request until the first event that brings something of the reply."""
     idle_ms: Milliseconds = 300_000
     """Streams: milliseconds of silence between two events."""
     total_ms: Milliseconds = 600_000
@@ -55,7 +55,7 @@ class OpenAISettings(Section):
     api_key: HeaderSecret | None = None
     """The provider's key, or the word client: pass the caller's own key on. Leave it out for a server without keys."""
     api_keys: tuple[HeaderSecret, ...] | None = None
-    """The same as a list; this version takes exactly one key."""
+    """Several keys of the same account or of several: requests go round, and one that is refused rests."""
     organization: HeaderText | None = None
     """Sent as OpenAI-Organization."""
     project: HeaderText | None = None
@@ -82,17 +82,18 @@ class OpenAISettings(Section):
     @property
     def passes_client_key(self) -> bool:
         """The caller's own key is passed on, and the proxy holds none."""
-        key = self._configured
-        return key is not None and key.get_secret_value() == CLIENT
+        return any(key.get_secret_value() == CLIENT for key in self._configured)
 
     @property
-    def credential(self) -> SecretStr | None:
-        """The key that the proxy holds for this provider; None if it has none or passes the caller's on."""
-        return None if self.passes_client_key else self._configured
+    def credentials(self) -> tuple[SecretStr, ...]:
+        """The keys that the proxy holds for this provider; none if it needs none or passes the caller's on."""
+        return () if self.passes_client_key else self._configured
 
     @property
-    def _configured(self) -> SecretStr | None:
-        return self.api_keys[0] if self.api_keys else self.api_key
+    def _configured(self) -> tuple[SecretStr, ...]:
+        if self.api_keys:
+            return self.api_keys
+        return () if self.api_key is None else (self.api_key,)
 
     @field_validator("base_url")
     @classmethod
@@ -108,13 +109,18 @@ class OpenAISettings(Section):
 
     @field_validator("api_keys")
     @classmethod
-    def _is_one_key(cls, value: tuple[SecretStr, ...] | None, info: ValidationInfo) -> tuple[SecretStr, ...] | None:
+    def _are_keys(cls, value: tuple[SecretStr, ...] | None, info: ValidationInfo) -> tuple[SecretStr, ...] | None:
         if value is None:
             return None
         if info.data.get("api_key") is not None:
             raise ValueError("api_key is given too: keep one of the two")
-        if len(value) != 1:
-            raise ValueError(f"this version takes exactly one key, got {len(value)}; leave the line out for none")
+        keys = [key.get_secret_value() for key in value]
+        if not keys:
+            raise ValueError("needs at least one key; leave the line out for none")
+        if CLIENT in keys and len(keys) > 1:
+            raise ValueError("'client' passes the caller's own key on and stands alone")
+        if len(set(keys)) < len(keys):
+            raise ValueError("holds the same key twice")
         return value
 
     @field_validator("http2", "egress_proxy")

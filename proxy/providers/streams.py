@@ -19,6 +19,7 @@ from collections.abc import Callable
 import msgspec
 
 from proxy.errors import StreamInterrupted, UpstreamBroken, UpstreamError, UpstreamTimeout
+from proxy.providers.opening import MAX_HELD_BYTES, Promises, all_bring
 from proxy.providers.reshape import lenient, without_null_usage
 from proxy.tokens.usage import usage_of
 from proxy.transport.base import Response
@@ -70,12 +71,14 @@ class Interrupted(Exception):
 class Verdict:
     """What one event means: bytes to pass on (b"" to leave it out), usage it told, whether it ends the stream."""
 
-    __slots__ = ("last", "passed", "usage")
+    __slots__ = ("failed", "last", "passed", "usage")
 
-    def __init__(self, passed: bytes, usage: Usage | None = None, last: bool = False) -> None:
+    def __init__(self, passed: bytes, usage: Usage | None = None, last: bool = False, failed: bool = False) -> None:
+        """`failed`: it is an error, told by an event of the dialect's own."""
         self.passed = passed
         self.usage = usage
         self.last = last
+        self.failed = failed
 
 
 def judge_chunk(asked_usage: bool, raw: bytes, data: bytes) -> Verdict | None:
@@ -131,7 +134,8 @@ def judge_response_event(raw: bytes, data: bytes) -> Verdict | None:
         _check_text(data)
         event = lenient(_typed, data)
         if event.type in _TERMINAL:
-            return Verdict(raw, usage_of(lenient(_terminal, data).response.usage), last=True)
+            usage = usage_of(lenient(_terminal, data).response.usage)
+            return Verdict(raw, usage, last=True, failed=event.type == "response.failed")
     except _NOT_JSON:
         raise Interrupted("The provider sent an event that is not valid JSON.") from None
     if event.type == "error":
@@ -154,16 +158,26 @@ def _provider_error(raw: bytes, error: msgspec.Raw) -> Interrupted:
     return Interrupted("The provider ended the stream with an error.", raw if raised else None)
 
 
+def _joined(held: list[Event]) -> Event:
+    """Several pushes as one."""
+    if len(held) == 1:
+        return held[0]
+    usage = next((event.usage for event in reversed(held) if event.usage is not None), None)
+    return Event(b"".join([event.data for event in held]), usage, held[-1].terminator if held else 0)
+
+
 class StreamReply:
     """A provider's event stream. `first()` must be awaited once before its events are taken."""
 
     __slots__ = (
+        "_begun",
         "_ended",
         "_failed",
         "_idle",
         "_judge",
         "_now",
         "_ordinary",
+        "_promises",
         "_ready",
         "_response",
         "_scrub",
@@ -184,14 +198,15 @@ class StreamReply:
         *,
         judge: Callable[[bytes, bytes], Verdict | None],
         ordinary: Callable[[bytes], bytes | None] | None = None,
+        promises: Promises = all_bring,
         idle: float,
         terminated: bool,
         upstream_request_id: str,
         scrub: Callable[[bytes], bytes],
     ) -> None:
-        """`judge(raw, data)` knows the dialect, and `ordinary(block)` a shorter way for its commonest event; `idle` is
-        the longest silence in seconds; `terminated` says that the dialect has a terminator, without which a clean end
-        is a broken one."""
+        """`judge(raw, data)` knows the dialect, and `ordinary(block)` a shorter way for its commonest event;
+        `promises(data)` tells events that bring nothing yet; `idle` is the longest silence in seconds; `terminated`:
+        the dialect has a terminator, without which a clean end is a broken one."""
         self.status = response.status
         self.headers = headers
         self.upstream_request_id = upstream_request_id
@@ -199,37 +214,44 @@ class StreamReply:
         self._splitter = Splitter()
         self._judge = judge
         self._ordinary = ordinary
+        self._promises = promises
         self._idle = idle
         self._terminated = terminated
         self._scrub = scrub
         self._now = asyncio.get_running_loop().time
         self._ready: Event | None = None
+        self._begun = False
+        """An event with content has come."""
         self._ended = False
         self._failed: StreamInterrupted | None = None
 
     async def first(self, deadline: float, start: bytes = b"") -> None:
-        """Waits for the first event that is more than a comment. Comments before it are dropped: we send our own.
+        """Waits for the first event with content. What came before it waits with it, but for comments: we send our own.
 
-        `start` of the body was read before.
+        `start` of the body was read before. Once there was an event of any kind, `idle` holds as well.
 
         Raises UpstreamTimeout, UpstreamBroken, and StreamInterrupted for a stream that begins with an error.
         """
-        while self._ready is None:
+        held: list[Event] = []
+        size = 0
+        while not (self._begun or self._ended or size > MAX_HELD_BYTES):
             piece, start = start or await self._response.read(deadline), b""
             if not piece:
                 if not self._terminated:
                     self._ended = True
                     if self._splitter.rest:
-                        self._ready = Event(self._splitter.rest)
-                    return
+                        held.append(Event(self._splitter.rest))
+                    break
                 raise UpstreamBroken("The provider ended its stream before the first event.", reason="closed")
-            event = self._take(piece, skip_comments=True)
+            event = self._take(piece, opening=True)
             if event is not None:
-                self._ready = event
-            elif self._failed is not None:
+                held.append(event)
+                size += len(event.data)
+                deadline = min(deadline, self._now() + self._idle)
+            if self._failed is not None and not self._begun:
                 raise self._failed
-            elif self._ended:
-                self._ready = Event(b"")
+        if held or self._terminated:
+            self._ready = _joined(held)
 
     @property
     def events(self) -> StreamReply:
@@ -273,8 +295,10 @@ class StreamReply:
                 return event
         raise StreamInterrupted("The provider ended the stream before it was complete.")
 
-    def _take(self, piece: bytes, *, skip_comments: bool = False) -> Event | None:
-        """The events that `piece` completes, as one push. A failure among them waits until those before it are out."""
+    def _take(self, piece: bytes, *, opening: bool = False) -> Event | None:
+        """The events that `piece` completes, as one push. A failure among them waits until those before it are out.
+
+        `opening`: nothing was forwarded yet."""
         try:
             block = self._splitter.feed(piece)
         except EventTooLarge:
@@ -283,16 +307,18 @@ class StreamReply:
         if not block:
             return None
         passed: list[bytes] = []
-        changed = skip_comments
+        changed = opening
         usage: Usage | None = None
         terminator = 0
         try:
             for raw, _, data in events(block):
                 if data is None:
-                    if not skip_comments or passed:
+                    if not opening or self._begun:
                         passed.append(raw)
                     continue
                 verdict = self._judge(raw, data)
+                if opening and not self._begun:
+                    self._begun = self._begins(verdict, raw, data)
                 if verdict is None:
                     passed.append(raw)
                     continue
@@ -309,6 +335,14 @@ class StreamReply:
             self._failed = StreamInterrupted(stop.message, event=event)
         data_out = b"".join(passed) if changed else block
         return Event(data_out, usage, terminator) if data_out or usage else None
+
+    def _begins(self, verdict: Verdict | None, raw: bytes, data: bytes) -> bool:
+        """Whether an event that nothing with content went before brings some. Raises Interrupted."""
+        if verdict is not None and verdict.failed:
+            raise Interrupted("The provider answered with an error.", raw)
+        if verdict is not None and (verdict.last or not verdict.passed):
+            return False
+        return not self._promises(data)
 
     async def _drain(self) -> None:
         """After the terminator: lets the body end, so that the connection is reusable. What still comes is ignored."""

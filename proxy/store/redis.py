@@ -9,7 +9,8 @@ All keys begin with `{bw:<namespace>}`, and so share one slot of a cluster; afte
     leases              sorted set of live reservations by end of lease     r:<id>                     a reservation
     outbox              stream of records                                   u:<hour>[:<length>:<tenant>]   roll-ups
     collects            while a cold store is seeded                        o:<digest>                 an object's owner
-    keys                hash of the keys made at run time              processes   sorted set of live processes
+    keys                hash of the keys made at run time                   processes   sorted set of live processes
+    circuits, circuit-processes   see `redis_circuits`
 
 Names of tenants and keys come after their length, and ids are our own hexadecimal digits: no name, whatever it holds,
 makes the key of another. Answers are one packed string each: a letter, then 64-bit integers, little-endian.
@@ -61,6 +62,7 @@ from proxy.store.info import server_of
 from proxy.store.ledger import grouped, outbox_place, overflow, tally_values
 from proxy.store.link import Link, StateListener
 from proxy.store.ownership_redis import RedisOwnership
+from proxy.store.redis_circuits import RedisCircuits
 from proxy.store.registry import MAX_KEYS, KeyRegistry
 from proxy.store.registry_redis import RedisRegistry
 from proxy.store.scripts import Scripts
@@ -132,6 +134,11 @@ class RedisStore:
         self._rollups = self._prefix + b"u:"
         self._common: Words = (self._reservations, tombstone_ms, records)
         self._prepared: dict[tuple[Scope, ...], _Prepared] = {}
+
+    @property
+    def circuits(self) -> RedisCircuits:
+        """The breaker's store on this store's connection. It ends with this store."""
+        return RedisCircuits(self._link, self._prefix, self._scripts, self._clock)
 
     # -- verbs -------------------------------------------------------------------------------------------------------
 

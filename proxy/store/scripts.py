@@ -18,6 +18,10 @@ _SHARED: Final = {
     "key_rotate": ("registry",),
     "claim": (),
     "beat": ("windows",),
+    "circuit_report": ("circuits",),
+    "circuit_lease": ("circuits",),
+    "circuit_conclude": ("circuits",),
+    "circuit_command": ("circuits",),
 }
 
 
@@ -37,6 +41,10 @@ class Scripts:
         self.key_rotate = self._add("key_rotate")
         self.claim = self._add("claim")
         self.beat = self._add("beat")
+        self.report = self._add("circuit_report")
+        self.lease = self._add("circuit_lease")
+        self.conclude = self._add("circuit_conclude")
+        self.command = self._add("circuit_command")
 
     def _add(self, verb: str) -> bytes:
         folder = resources.files("proxy.store") / "lua"

@@ -50,10 +50,10 @@ async def test_its_description_names_every_route() -> None:
     async with stack(CONFIG) as running, client(running) as admin:
         paths = (await admin.get("/admin/openapi.json")).json()["paths"]
         names = ("status", "config", "budgets", "budgets/{tenant}", "usage")
-        names += ("keys", "keys/{key_id}", "keys/{key_id}/rotate")
+        names += ("keys", "keys/{key_id}", "keys/{key_id}/rotate", "circuits", "circuits/{provider}/{model}")
         assert set(paths) == {f"/admin/{name}" for name in names}
         verbs = [verb for route in paths.values() for verb in route.values()]
-        assert len(verbs) == 9
+        assert len(verbs) == 11
         assert all(verb["summary"] for verb in verbs)
         assert all(verb["description"] for verb in verbs)
 

@@ -28,7 +28,7 @@ LINES = EXAMPLE.read_text().splitlines()
 STARTS = re.compile(r" *#[^ #]")
 FILES = ("secrets/openai.key", "secrets/state.url", "certificates/ca.pem", "replies/faults.yaml")
 AUTHORITY = trustme.CA()
-VARIABLES = {"OPENAI_API_KEY": "sk-example", "OUTSIDE_API_KEY": "sk-outside"} | {
+VARIABLES = {"OPENAI_API_KEY": "sk-example", "OPENAI_API_KEY_2": "sk-another", "OUTSIDE_API_KEY": "sk-outside"} | {
     name: f"{name}-at-least-16-characters".lower().replace("_", "-")
     for name in ("BREAKWATER_ADMIN_KEY", "ACME_KEY", "REDIS_PASSWORD")
 }
@@ -75,8 +75,7 @@ def test_it_is_valid_without_any_variable_and_points_at_the_mock() -> None:
     provider = result.settings.providers["openai"]
     assert isinstance(provider, OpenAISettings)
     assert provider.base_url == "http://127.0.0.1:8089/v1"
-    assert provider.credential is not None
-    assert provider.credential.get_secret_value() == "sk-anything-works-with-the-mock"
+    assert [key.get_secret_value() for key in provider.credentials] == ["sk-anything-works-with-the-mock"]
     assert result.warnings == ()
 
 

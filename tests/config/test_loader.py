@@ -27,7 +27,7 @@ def test_defaults(config: File) -> None:
     assert isinstance(provider, OpenAISettings)
     assert provider.base_url == "https://api.openai.com/v1"
     assert provider.timeouts == Timeouts(connect_ms=5000, first_event_ms=300_000, idle_ms=300_000, total_ms=600_000)
-    assert provider.credential is None
+    assert provider.credentials == ()
     assert not provider.passes_client_key
 
 

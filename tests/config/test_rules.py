@@ -28,7 +28,6 @@ SHORT_KEYS = (
 NEEDS_HTTPX = "needs another transport: add the line 'transport: httpx'"
 HEADER_TEXT = "must be printable ASCII without spaces, because it travels in a header"
 A_KEY = "needs at least 1 key: only with a Redis as state can a tenant do with keys from `breakwater keys create` alone"
-ONE_KEY = "this version takes exactly one key"
 GOOD_TARGET = "expected PROVIDER/MODEL, such as openai/gpt-4o-mini"
 
 
@@ -128,15 +127,17 @@ GOOD_TARGET = "expected PROVIDER/MODEL, such as openai/gpt-4o-mini"
             ["4:15: providers.openai.base_url: must not hold a query or a fragment"],
         ),
         (
-            provider('api_keys: ["${A}", "${B}"]'),
-            [
-                f"4:15: providers.openai.api_keys: {ONE_KEY}, got 2; leave the line out for none",
-            ],
+            provider('api_keys: ["sk-one", "sk-two", "sk-one"]'),
+            ["4:15: providers.openai.api_keys: holds the same key twice"],
+        ),
+        (
+            provider('api_keys: ["sk-one", client]'),
+            ["4:15: providers.openai.api_keys: 'client' passes the caller's own key on and stands alone"],
         ),
         (
             provider("api_keys: []"),
             [
-                f"4:15: providers.openai.api_keys: {ONE_KEY}, got 0; leave the line out for none",
+                "4:15: providers.openai.api_keys: needs at least one key; leave the line out for none",
             ],
         ),
         (
@@ -177,8 +178,32 @@ GOOD_TARGET = "expected PROVIDER/MODEL, such as openai/gpt-4o-mini"
         (MINIMAL + "models: [{name: a, targets: [openai/]}]\n", [f"2:30: models[0].targets[0]: {GOOD_TARGET}"]),
         (MINIMAL + "models: [{name: a}]\n", ["2:10: models[0].targets: is missing"]),
         (
-            MINIMAL + "models: [{name: a, targets: [openai/a, openai/b]}]\n",
-            ["2:29: models[0].targets: this version takes exactly one target for a model, got 2"],
+            MINIMAL + "models: [{name: a, targets: [openai/a, [openai/b, openai/a]]}]\n",
+            ["2:29: models[0].targets: the same target stands there twice"],
+        ),
+        (
+            MINIMAL + "models: [{name: a, targets: []}]\n",
+            ["2:29: models[0].targets: needs at least 1 entry; leave the line out for the default, if there is one"],
+        ),
+        (
+            MINIMAL + "models: [{name: a, targets: [[]]}]\n",
+            ["2:30: models[0].targets[0]: needs at least 1 entry; leave the line out for the default, if there is one"],
+        ),
+        (
+            MINIMAL + "models: [{name: a, targets: [[openai/a, b], c]}]\n",
+            [f"2:41: models[0].targets[0][1]: {GOOD_TARGET}", f"2:45: models[0].targets[1]: {GOOD_TARGET}"],
+        ),
+        (
+            MINIMAL + "models: [{name: a, targets: [[openai/a, opnai/b]]}]\n",
+            ["2:41: models[0].targets[0][1]: no provider is named 'opnai': did you mean 'openai'?"],
+        ),
+        (
+            MINIMAL + "models: [{name: a, targets: [{a: b}]}]\n",
+            ["2:30: models[0].targets[0]: expected text, got a section"],
+        ),
+        (
+            MINIMAL + "fault_tolerance: {fallback_provider: opnai}\n",
+            ["2:38: fault_tolerance.fallback_provider: no provider is named 'opnai': did you mean 'openai'?"],
         ),
         (
             MINIMAL + "models: [{name: a, targets: [opnai/a/b]}]\n",
@@ -284,7 +309,7 @@ def test_all_errors_at_once(config: File) -> None:
           second: {{kind: opnai}}
         models:
           - {{name: a, targets: [secnd/a]}}
-          - {{name: a, targets: [second/a, openai/a]}}
+          - {{name: a, targets: [second/a, second/a]}}
         tenants:
           - {{name: other, keys: [short], providers: [opanai]}}
           - {{name: b, keys: [{KEY}, {KEY}]}}
@@ -403,8 +428,7 @@ def test_good_values_of_every_kind(config: File) -> None:
     provider_settings = settings.providers["a-1.b_c"]
     assert list(settings.providers) == ["a-1.b_c", "m"]
     assert provider_settings.kind == "openai"
-    assert provider_settings.credential is not None
-    assert provider_settings.credential.get_secret_value() == "12345678901234567890"
+    assert [key.get_secret_value() for key in provider_settings.credentials] == ["12345678901234567890"]
     assert provider_settings.max_connections == 7
     assert provider_settings.organization is None
     assert provider_settings.base_url == "HTTPS://Example.com:8443/v1"
@@ -421,5 +445,5 @@ def test_the_word_client_is_no_secret(config: File) -> None:
     provider_settings = settings.providers["a"]
     assert provider_settings.kind == "openai"
     assert provider_settings.passes_client_key
-    assert provider_settings.credential is None
+    assert provider_settings.credentials == ()
     assert settings.secrets() == frozenset()

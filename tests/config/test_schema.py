@@ -10,7 +10,7 @@ import pytest
 
 from proxy.config.schema import json_schema
 from proxy.config.settings import Settings
-from proxy.config.shape import Leaf, ListOf, MapOf, Record, Shape, Variants, WordOr, record
+from proxy.config.shape import Leaf, ListOf, MapOf, OneOrList, Record, Shape, Variants, WordOr, record
 from proxy.settings import Section
 
 SCHEMA = json_schema()
@@ -56,7 +56,7 @@ def test_every_secret_may_come_from_a_file() -> None:
     def secrets(shape: Shape) -> int:
         if isinstance(shape, Leaf):
             return shape.type == "secret"
-        if isinstance(shape, ListOf | MapOf):
+        if isinstance(shape, ListOf | MapOf | OneOrList):
             return secrets(shape.item)
         if isinstance(shape, WordOr):
             return secrets(shape.record)

@@ -25,7 +25,7 @@ from proxy.types import Ask, Reply
 _open = OpenAIProvider.open
 
 
-async def _faulty(self: OpenAIProvider, ask: Ask, model: str, *, output_cap: int | None = None) -> Reply:
+async def _faulty(self: OpenAIProvider, ask: Ask, model: str, **options: Any) -> Reply:
     seen = f"{self._fixed!r} {ask.call.headers!r} {ask.call.query!r} {ask.call.raw_path!r} {ask.call.body!r}"
     if model == "fault":
         try:
@@ -33,7 +33,7 @@ async def _faulty(self: OpenAIProvider, ask: Ask, model: str, *, output_cap: int
         except KeyError as error:
             raise RuntimeError(seen) from error
     plain = {"fault-late": "stall", "fault-task": "ok", "fault-log": "ok"}.get(model, model)
-    reply = await _open(self, ask, plain, output_cap=output_cap)
+    reply = await _open(self, ask, plain, **options)
     if model == "fault-late":
         reply.__class__ = type("Late", (type(reply),), {"__slots__": (), "__anext__": _fail_second(seen)})
     if model == "fault-task":

@@ -19,7 +19,7 @@ from proxy.observability.events import RequestFinished, RequestRefused
 from proxy.providers.openai import OpenAIProvider
 from proxy.transport.http1 import Http1Transport
 from proxy.transport.pool import PoolStats
-from tests.e2e.stack import Stack, stack
+from tests.e2e.stack import ALONE, Stack, stack
 from tests.transport.servers import Peer, Script, Server, serve
 
 PATIENCE = 20.0
@@ -175,7 +175,7 @@ class Scene:
     @property
     def slots(self) -> PoolStats:
         """Of the transport to the upstream."""
-        provider = cast("OpenAIProvider", self.stack.running.gateway.service.pipeline.providers["up"])
+        provider = cast("OpenAIProvider", self.stack.running.gateway.service.pipeline.failover.providers["up"])
         return cast("Http1Transport", provider._transport).stats()
 
     @property
@@ -212,6 +212,7 @@ async def scene(
                 "providers": {"up": {**up, "timeouts": dict(timeouts or {}), **provider}, "spare": {"kind": "mock"}},
                 "models": [{"name": "spare", "targets": ["spare/echo"]}, {"name": "*", "targets": ["up/*"]}],
                 "listen": {"drain_ms": 0, "grace_ms": 1000},
+                **ALONE,
             }
             async with stack(config, silence=silence) as running:
                 before = asyncio.all_tasks()
@@ -233,7 +234,8 @@ async def _nothing_left(on_stage: Scene, before: set[asyncio.Task[Any]]) -> None
     await until(lambda: on_stage.slots.in_use == 0, "a slot of the pool to come back")
     assert on_stage.slots.waiting == 0
     await until(lambda: not on_stage.connections, "the client's connection to close")
-    transport = cast("OpenAIProvider", on_stage.stack.running.gateway.service.pipeline.providers["up"])._transport
+    pipeline = on_stage.stack.running.gateway.service.pipeline
+    transport = cast("OpenAIProvider", pipeline.failover.providers["up"])._transport
     await transport.aclose()  # its idle connections have a player each at the upstream
     await until(lambda: on_stage.upstream.closed == on_stage.upstream.accepted, "the upstream's sockets to close")
     await until(lambda: asyncio.all_tasks() <= before, "the tasks to end")

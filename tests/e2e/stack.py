@@ -30,6 +30,8 @@ from proxy.observability.events import Bus, Notice, RequestFinished, RequestRefu
 from proxy.observability.scrub import Scrubber
 
 Config = Mapping[str, Any]
+ALONE: dict[str, Any] = {"fault_tolerance": {"mode": "off"}}
+"""For tests of one attempt: what is broken on purpose is not tried again, and leaves nothing behind for the next."""
 BREAKWATER = Path(sys.executable).parent / "breakwater"
 START_SECONDS = 30.0
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.e2e.stack import ServeProcess, serving
+from tests.e2e.stack import ALONE, ServeProcess, serving
 from tests.e2e.upstreams import answering, base_url, http, scripted, sse
 from tests.edge.raw import Answer, Wire, eventually
 from tests.transport.servers import Peer, Received, Server, refusing
@@ -79,6 +79,7 @@ def running() -> Iterator[tuple[Upstream, ServeProcess]]:
         upstream.server = server
         to_it = {"kind": "openai", "base_url": base_url(server)}
         config = {
+            **ALONE,
             "providers": {
                 "up": {**to_it, "api_key": PROVIDER_KEY, "organization": "org-ours", "timeouts": {"idle_ms": 20_000}},
                 "callers": {**to_it, "api_key": "client"},

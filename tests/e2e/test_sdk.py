@@ -13,7 +13,7 @@ import yaml
 from openai import Omit
 
 from tests.e2e.sdk import KINDS, Sdk
-from tests.e2e.stack import ServeProcess, serving
+from tests.e2e.stack import ALONE, ServeProcess, serving
 from tests.e2e.upstreams import MockProcess, mock_process
 
 HI: list[Any] = [{"role": "user", "content": "What holds the harbor? Grüße ✓"}]
@@ -55,6 +55,7 @@ def proxy(mock: MockProcess) -> Iterator[ServeProcess]:
     """Without tenants. `quick/*` is the same mock with little patience, `inner/*` the one without a network."""
     up = {"kind": "openai", "base_url": mock.url, "api_key": "sk-upstream-0123456789"}
     config = {
+        **ALONE,
         "listen": {"max_body_bytes": MOST_BYTES},
         "providers": {
             "up": up,
@@ -385,6 +386,9 @@ def test_a_broken_stream_is_raised(sdk: Sdk, model: str, asked: dict[str, Any]) 
             sdk.call(method, model=model, stream=True, **prompt, **asked)
         if model == "mock/error-event":  # nothing was forwarded yet: a status tells it
             assert isinstance(raised.value, openai.InternalServerError)
+        elif model == "quick/mock/stall" and method == "chat.completions.create":  # a role, and then nothing
+            assert isinstance(raised.value, openai.InternalServerError)
+            assert raised.value.code == "upstream_timeout"
         elif "error-late" in model:
             assert (raised.value.code, raised.value.type) == ("mock_error", "server_error")
         else:
@@ -397,8 +401,8 @@ def test_a_broken_stream_is_raised(sdk: Sdk, model: str, asked: dict[str, Any]) 
 def test_a_broken_response_is_raised(sdk: Sdk, model: str) -> None:
     with pytest.raises(openai.APIError) as raised:
         sdk.call("responses.create", model=model, input="hi", stream=True)
-    before_the_first = model == "mock/error-event"
-    assert raised.value.code == ("upstream_unavailable" if before_the_first else "stream_interrupted")
+    before_the_first = {"mock/error-event": "upstream_unavailable", "quick/mock/stall": "upstream_timeout"}
+    assert raised.value.code == before_the_first.get(model, "stream_interrupted")
 
 
 def test_a_response_s_own_error_event_is_the_last_event(sdk: Sdk) -> None:

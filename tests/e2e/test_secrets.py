@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.e2e.stack import ServeProcess, serving
+from tests.e2e.stack import ALONE, ServeProcess, serving
 from tests.e2e.upstreams import base_url, http, scripted
 from tests.edge.raw import Answer, Wire, eventually
 from tests.observability.canaries import leaks
@@ -230,7 +230,7 @@ def scene(upstream: Server, *credentials: str, **config: Any) -> Iterator[Scene]
     models += [{"name": f"{name}/*", "targets": [f"{name}/*"]} for name in providers]
     listen = {"max_body_bytes": 100_000, "drain_ms": 0, "grace_ms": 100}
     full = {"listen": listen, "providers": providers, "models": models, "admin": {"keys": [CONFIGURED["admin key"]]}}
-    with serving({**full, **config}, program=FAULTY) as process:
+    with serving({**ALONE, **full, **config}, program=FAULTY) as process:
         one = Scene(process, credentials)
         yield one
         metrics = one.send("GET /metrics")

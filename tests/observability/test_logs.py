@@ -20,6 +20,9 @@ from canaries import ALL, ENCODINGS, Canary, base64s, leaks
 from proxy.errors import UpstreamBroken
 from proxy.observability.events import (
     Bus,
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
     ConnectionRefused,
     InternalFault,
     RequestFinished,
@@ -27,6 +30,8 @@ from proxy.observability.events import (
     ServerDraining,
     ServerStarted,
     ServerStopped,
+    UpstreamFailedOver,
+    UpstreamRetried,
 )
 from proxy.observability.lines import MAX_LINE
 from proxy.observability.logs import FriendlyLog, JsonLog, Logging, setup_logging, wants_colour
@@ -195,6 +200,22 @@ def test_the_rarer_events(sink: Sink) -> None:
         {"event": "server.draining", "level": "info", "in_flight": 3, **ts},
         {"event": "server.stopped", "level": "info", "uptime_ms": 12340.0, "cut": 1, **ts},
     ]  # fmt: skip
+
+
+def test_circuits(sink: Sink) -> None:
+    place = {"provider": "openai", "model": "gpt-4o", "mode": "enforce"}
+    opened = CircuitOpened(was="closed", scope="fleet", why=("a:1: upstream_timeout",), open_ms=61_000, **place)
+    for event in (
+        opened,
+        CircuitHalfOpen(was="open", **place),
+        CircuitClosed(was="half_open", cause="success", open_seconds=61.5, **place),
+    ):
+        sink.json(event)
+    first, second, third = sink.lines()
+    assert (first["event"], first["level"], first["scope"]) == ("circuit.opened", "warning", "fleet")
+    assert (first["why"], first["open_ms"], first["provider"]) == (["a:1: upstream_timeout"], 61_000, "openai")
+    assert (second["event"], second["level"], second["was"]) == ("circuit.half_open", "info", "open")
+    assert (third["event"], third["cause"], third["open_seconds"]) == ("circuit.closed", "success", 61.5)
 
 
 def raised(exc: BaseException) -> BaseException:
@@ -565,3 +586,27 @@ def test_a_cancellation_is_not_swallowed() -> None:
     bus.subscribe(cancelled)
     with pytest.raises(asyncio.CancelledError):
         bus.emit(ServerDraining(in_flight=0))
+
+
+ABOUT: dict[str, Any] = {"request_id": "r", "trace_id": "t", "tenant": "acme", "model": "gpt-4o*", "attempt": 2}
+
+
+def test_what_was_tried_again_and_what_went_on_elsewhere(sink: Sink, plain: Sink) -> None:
+    again = UpstreamRetried(**ABOUT, provider="a", target="a/m", reason="server_error", wait=0.25)
+    over = UpstreamFailedOver(
+        **ABOUT, from_provider="a", to_provider="b", source="a/m", target="b/m", reason="circuit_open"
+    )
+    for event in (again, over):
+        sink.json(event)
+        plain.friendly(event)
+    common = {"level": "warning", "ts": "2026-01-01T00:00:00.123Z", **ABOUT}
+    assert sink.lines() == [
+        {**common, "event": "upstream.retried", "provider": "a", "target": "a/m", "reason": "server_error",
+         "wait_ms": 250.0},
+        {**common, "event": "upstream.failed_over", "from": "a", "to": "b", "source": "a/m", "target": "b/m",
+         "reason": "circuit_open"},
+    ]  # fmt: skip
+    assert [line.split("  ", 1)[1] for line in plain.read().splitlines()] == [
+        "retry  a/m again after 250 ms: server_error",
+        "failover  a/m -> b/m: circuit_open",
+    ]

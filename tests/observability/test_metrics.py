@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.observability.events import ConnectionRefused, InternalFault, RequestFinished, RequestRefused, ServerDraining
+from proxy.observability.events import (
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
+    ConnectionRefused,
+    InternalFault,
+    RequestFinished,
+    RequestRefused,
+    ServerDraining,
+)
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.series import Histogram, Snapshot
 from proxy.types import Usage
@@ -140,6 +149,26 @@ def test_what_others_own_is_read_at_the_scrape() -> None:
     assert scrape(metrics)("in_flight_requests") == 4
 
 
+def test_circuits() -> None:
+    states = {("openai", "gpt-4o"): 2.0}
+    metrics = made(circuits=lambda: states)
+    opened = {"provider": "openai", "model": "gpt-4o", "mode": "enforce", "why": (), "open_ms": 1}
+    for was, scope in (("closed", "process"), ("open", "fleet"), ("half_open", "fleet")):
+        metrics(CircuitOpened(was=was, scope=scope, **opened))
+    metrics(CircuitHalfOpen(provider="openai", model="gpt-4o", mode="enforce", was="open"))
+    metrics(
+        CircuitClosed(
+            provider="openai", model="gpt-4o", mode="enforce", was="half_open", cause="success", open_seconds=1.0
+        )
+    )
+    page = scrape(metrics)
+    place = {"provider": "openai", "model": "gpt-4o"}
+    assert page("circuit_state", **place) == 2
+    assert page("circuit_transitions_total", to="open", **place) == 2, "open for another reason is no transition"
+    assert page("circuit_transitions_total", to="half_open", **place) == 1
+    assert page("circuit_transitions_total", to="closed", **place) == 1
+
+
 def test_every_family_is_declared_once_with_its_type_and_the_process_is_there() -> None:
     metrics = made()
     metrics(finished())
@@ -161,10 +190,14 @@ def test_every_family_is_declared_once_with_its_type_and_the_process_is_there() 
         "breakwater_cost_unknown": "counter",
         "breakwater_budget_refusals": "counter",
         "breakwater_store_errors": "counter",
+        "breakwater_retries": "counter",
+        "breakwater_failovers": "counter",
         "breakwater_budget_used_ratio": "gauge",
         "breakwater_budget_reserved": "gauge",
         "breakwater_estimate_error_ratio": "histogram",
         "breakwater_degraded": "gauge",
+        "breakwater_circuit_state": "gauge",
+        "breakwater_circuit_transitions": "counter",
         "breakwater_config_info": "gauge",
         "breakwater_build_info": "gauge",
         "breakwater_log_lines_dropped": "counter",

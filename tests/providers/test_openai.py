@@ -36,7 +36,7 @@ NO_KEY: Headers = [(b"user-agent", b"breakwater/0"), (b"accept-encoding", b"iden
 async def test_a_body_that_need_not_change_travels_byte_for_byte() -> None:
     upstream = Upstream(whole(REPLY))
     body = b'{ "messages" : [ {"role":"user", "content":"\\u00e9"} ],  "model":"m", "new": 1e2 }'
-    await upstream.provider(api_key="sk-ours").open(ask(body), "m")
+    await upstream.provider(api_keys=["sk-ours"]).open(ask(body), "m")
     (asked,) = upstream.asked
     assert (asked.method, asked.target, asked.body) == (b"POST", b"/v1/chat/completions", body)
     assert asked.header(b"authorization") == [b"Bearer sk-ours"]
@@ -93,7 +93,7 @@ SENT: Headers = [
 
 async def test_client_headers_cross_by_allow_list() -> None:
     upstream = Upstream(whole(REPLY))
-    await upstream.provider(api_key="sk-ours").open(chat(headers=SENT), "m")
+    await upstream.provider(api_keys=["sk-ours"]).open(chat(headers=SENT), "m")
     names = {name for name, _ in upstream.asked[0].headers}
     assert names == {
         b"openai-beta",
@@ -137,7 +137,7 @@ async def test_a_pass_through_keeps_what_describes_its_body() -> None:
     packed = gzip.compress(b"text")
     headers: Headers = [*SENT[:-3], (b"content-encoding", b"gzip"), (b"content-type", b"text/plain")]
     passing = ask(packed, "/v1/audio/speech", headers=headers, query=b"a=b")
-    reply = await upstream.provider(api_key="sk-ours").open(passing, "")
+    reply = await upstream.provider(api_keys=["sk-ours"]).open(passing, "")
     (asked,) = upstream.asked
     assert (asked.method, asked.target, asked.body) == (b"POST", b"/v1/audio/speech?a=b", packed)
     assert asked.header(b"content-encoding") == [b"gzip"]
@@ -424,7 +424,7 @@ async def test_floats_are_packed_for_who_asked_for_base64(wanted: str | None) ->
 async def test_models_are_asked_for_without_body_or_query() -> None:
     upstream = Upstream(whole({"data": []}))
     listing = ask(b"", "/v1/models", method="GET", query=b"x=1")
-    await upstream.provider("http://host.test/base", api_key="k").open(listing, "")
+    await upstream.provider("http://host.test/base", api_keys=["k"]).open(listing, "")
     assert (upstream.asked[0].method, upstream.asked[0].target, upstream.asked[0].body) == (
         b"GET",
         b"/base/models",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import ProxyError, StreamInterrupted, UpstreamBroken, UpstreamTimeout
+from proxy.providers.openai import Timeouts
 from proxy.providers.streams import (
     Interrupted,
     StreamReply,
@@ -18,8 +19,10 @@ from proxy.providers.streams import (
     judge_response_event,
     pass_ordinary,
 )
+from proxy.transport.answer import Answer, End
 from proxy.transport.sse import MAX_EVENT_BYTES
 from proxy.types import Headers, Usage
+from tests.providers.upstream import Upstream, chat
 
 HI = b'{"choices":[{"delta":{"content":"Hi"}}]}'
 USAGE = b'"usage":{"prompt_tokens":3,"completion_tokens":2}'
@@ -266,8 +269,8 @@ def test_a_byte_order_mark_is_dropped() -> None:
     assert run(lambda: stream(b"\xef\xbb", b"\xbf" + event(HI), DONE)) == ([event(HI), DONE], None)
 
 
-def test_a_usage_chunk_alone_opens_the_stream_and_says_nothing() -> None:
-    assert run(lambda: stream(event(ALONE), DONE)) == ([b"", DONE], None)
+def test_a_usage_chunk_alone_opens_nothing_and_says_nothing() -> None:
+    assert run(lambda: stream(event(ALONE), DONE)) == ([DONE], None)
 
 
 BAD_ENDS: dict[str, tuple[bytes | Exception, ...]] = {
@@ -365,3 +368,17 @@ def test_without_a_dialect_a_cut_is_a_cut() -> None:
     )
     assert found == [b"data: 1\n\n"]
     assert isinstance(error, StreamInterrupted)
+
+
+def test_a_role_and_then_nothing_is_a_stall_like_any_other() -> None:
+    role = b'{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}'
+
+    async def opened() -> None:
+        pieces = [(0.0, b"data: " + role + b"\n\n")]
+        answer = Answer(200, [(b"content-type", b"text/event-stream")], pieces, end=End.STALL)
+        provider = Upstream(answer).provider(timeouts=Timeouts(first_event=20.0, idle=0.02, total=20.0))
+        async with asyncio.timeout(5):
+            with pytest.raises(UpstreamTimeout):
+                await provider.open(chat(stream=True), "m")
+
+    asyncio.run(opened())
