@@ -299,7 +299,7 @@ class Wire:
 
     async def listen(self) -> None:
         """On the same port as before. Connections are refused until then."""
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=1024)
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def refuse(self) -> None:
