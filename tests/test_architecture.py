@@ -19,6 +19,7 @@ LAYOUT = Layout(
         (1, "proxy.*.base proxy.*.settings proxy.*.__init__"),  # ports, and what a room can be told
         (1, "proxy.store.registry"),  # another port of the store's
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),
+        (1, "proxy.observability.upstream_events"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
         (1, "proxy.store.ownership"),  # a port of its own

@@ -130,19 +130,9 @@ def create_app(
     )
     measure(budget, metrics)
     bus.subscribe(metrics)
-    local = is_loopback(listen.host)
-    names = [one.name for one in settings.tenants]
-    side = Side(
-        metrics.render,
-        CONTENT_TYPE,
-        AdminKeys(key.get_secret_value() for key in settings.admin.keys),
-        metrics_open=local or settings.observability.metrics_public,
-        any_host=not local,
-        admin=lambda: _admin(
-            loaded, budget, Keys(registry, names), CircuitDesk(settings, circuits), lambda: gateway.in_flight
-        ),
-        store=readiness_of(settings, budget),
-    )
+    keys = Keys(registry, [one.name for one in settings.tenants])
+    desk = CircuitDesk(settings, circuits)
+    side = _side(settings, metrics, budget, lambda: _admin(loaded, budget, keys, desk, lambda: gateway.in_flight))
     gateway = Gateway(
         pipeline,
         bus,
@@ -155,6 +145,20 @@ def create_app(
     ledger = ledger_of(settings, budget.access.store, bus)
     return Running(
         gateway, side, _limits(listen), metrics, providers, executor, budget, follower, owners, ledger, circuits
+    )
+
+
+def _side(settings: Settings, metrics: Metrics, budget: Budget, admin: Callable[[], App]) -> Side:
+    """Metrics, health and administration. `admin` is called when it is first asked for."""
+    local = is_loopback(settings.listen.host)
+    return Side(
+        metrics.render,
+        CONTENT_TYPE,
+        AdminKeys(key.get_secret_value() for key in settings.admin.keys),
+        metrics_open=local or settings.observability.metrics_public,
+        any_host=not local,
+        admin=admin,
+        store=readiness_of(settings, budget),
     )
 
 

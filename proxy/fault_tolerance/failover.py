@@ -32,7 +32,8 @@ from proxy.fault_tolerance.permits import Charge, Guard, Permit
 from proxy.fault_tolerance.retry import OPEN, Bounds, Course, RetryPolicy, Step
 from proxy.fault_tolerance.sharing import Sharing
 from proxy.fault_tolerance.verdict import CREDENTIAL, RATE, TargetRefused, entry, listed, reason_of, verdict
-from proxy.observability.events import Notice, UpstreamFailedOver, UpstreamRetried
+from proxy.observability.events import Notice
+from proxy.observability.upstream_events import UpstreamFailedOver, UpstreamRetried
 from proxy.providers.base import Provider
 from proxy.types import Ask, Call, Record, Reply, Target
 

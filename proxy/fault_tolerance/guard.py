@@ -23,7 +23,8 @@ from proxy.errors import ProxyError, UpstreamError
 from proxy.fault_tolerance.base import Action, BreakerStore, Place
 from proxy.fault_tolerance.breaker import Change, Circuit, Lease, Rules, State
 from proxy.fault_tolerance.keeper import Conclusion, Keeper
-from proxy.observability.events import CircuitClosed, CircuitHalfOpen, CircuitOpened, InternalFault, Notice
+from proxy.observability.events import InternalFault, Notice
+from proxy.observability.upstream_events import CircuitClosed, CircuitHalfOpen, CircuitOpened
 from proxy.types import OTHER
 
 MAX_CIRCUITS: Final = 10_000
@@ -72,8 +73,7 @@ class Permit:
         circuit, self._circuit = self._circuit, None
         if circuit is None:
             return
-        why: str = getattr(error, "reason", "") or error.code
-        local = error.local_origin
+        why, local = error.reason, error.local_origin
         if self._lease is None:
             self._guard.moved(circuit.failed(self._generation, why, local=local))
         else:

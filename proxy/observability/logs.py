@@ -16,9 +16,6 @@ from proxy.money import usd_text
 from proxy.observability import tracebacks
 from proxy.observability.events import (
     BudgetRefused,
-    CircuitClosed,
-    CircuitHalfOpen,
-    CircuitOpened,
     ConnectionRefused,
     InternalFault,
     KeysFollowed,
@@ -39,12 +36,17 @@ from proxy.observability.events import (
     StoreMisconfigured,
     StoreRecovered,
     StoreReset,
-    UpstreamFailedOver,
-    UpstreamRetried,
 )
 from proxy.observability.lines import LEVELS, MAX_LINE, Lines, printable
 from proxy.observability.scrub import Scrubber
 from proxy.observability.stdlib import StdlibLog
+from proxy.observability.upstream_events import (
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
+    UpstreamFailedOver,
+    UpstreamRetried,
+)
 from proxy.observability.writer import LineWriter
 
 Clock = Callable[[], float]

@@ -21,18 +21,15 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from proxy.money import NANO
-from proxy.observability.events import (
+from proxy.observability.events import ConnectionRefused, Notice, RequestFinished, RequestRefused
+from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
+from proxy.observability.upstream_events import (
     CircuitClosed,
     CircuitHalfOpen,
     CircuitOpened,
-    ConnectionRefused,
-    Notice,
-    RequestFinished,
-    RequestRefused,
     UpstreamFailedOver,
     UpstreamRetried,
 )
-from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
 from proxy.types import OTHER, Usage
 
 __all__ = ["CONTENT_TYPE", "Metrics"]

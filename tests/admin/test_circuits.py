@@ -12,7 +12,8 @@ from tests.e2e.stack import stack
 pytestmark = pytest.mark.anyio
 
 MODELS: list[dict[str, Any]] = [
-    {"name": "gpt-4o", "targets": ["up/meta/llama"]},
+    {"name": "gpt-4o", "targets": ["up/llama"]},
+    {"name": "meta/llama", "targets": [["up/llama"], "up/small"]},
     {"name": "*", "targets": ["up/*"]},
 ]
 
@@ -42,6 +43,7 @@ async def test_open_and_reset() -> None:
         ("up/other", b'{"action": "open"}', 200, None),
         ("nobody/gpt-4o", b'{"action": "open"}', 404, "unknown_url"),
         ("up/gpt-3", b'{"action": "open"}', 404, "unknown_url"),
+        ("up/llama", b'{"action": "open"}', 404, "unknown_url"),  # requests are counted by the names of entries
         ("up/", b'{"action": "open"}', 404, "unknown_url"),
         ("up/gpt-4o", b'{"action": "close"}', 400, "invalid_request"),
         ("up/gpt-4o", b'{"action": "open", "for": 1}', 400, "invalid_request"),

@@ -16,7 +16,7 @@ USAGE = {"input_tokens": 11, "output_tokens": 7, "total_tokens": 18}
 
 
 class Account:
-    """`script` plays it. `pause`, where set, holds a stream back between its first event and its last."""
+    """`script` plays it. `pause`, where set, holds a stream back between its first events and its last."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -101,10 +101,17 @@ class Account:
 
     async def _stream(self, peer: Peer, made: dict[str, Any]) -> None:
         begun = {**made, "status": "in_progress", "output": [], "usage": None}
-        await peer.send(SSE, _event("response.created", begun))
+        # Without some content, too, nothing is forwarded yet: another provider might still answer.
+        await peer.send(SSE, _event("response.created", begun), _delta("Hello"))
         if self.pause is not None:
             await self.pause.wait()
         await peer.send(_event("response.completed", made), END)
+
+
+def _delta(text: str) -> bytes:
+    kind = "response.output_text.delta"
+    data = {"type": kind, "sequence_number": 1, "item_id": "msg_1", "output_index": 0, "content_index": 0}
+    return chunk(f"event: {kind}\ndata: {json.dumps({**data, 'delta': text, 'logprobs': []})}\n\n".encode())
 
 
 def _event(kind: str, response: dict[str, Any]) -> bytes:

@@ -13,7 +13,8 @@ import httpx2
 import openai
 import pytest
 
-from proxy.observability.events import RequestFinished, UpstreamFailedOver, UpstreamRetried
+from proxy.observability.events import RequestFinished
+from proxy.observability.upstream_events import UpstreamFailedOver, UpstreamRetried
 from tests.e2e.scene import ANSWER, CHAT, END, PATIENCE, SOON, SSE, Client, chunk, piece_of, plain, request, until
 from tests.e2e.stack import Stack, stack
 from tests.transport.servers import Peer, Received, Server, refusing, serve

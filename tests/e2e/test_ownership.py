@@ -318,6 +318,7 @@ async def test_while_the_store_hangs_streams_flow_and_strangers_wait(own_redis: 
             try:
                 stream = await acme.responses.create(**ASK, stream=True)
                 made = (await anext(stream)).response  # no event waits for the store
+                assert (await anext(stream)).type == "response.output_text.delta"
                 account.pause.set()
                 assert (await anext(stream)).type == "response.completed"
                 assert (await acme.responses.retrieve(made.id)).id == made.id  # this process knows it itself

@@ -131,7 +131,7 @@ class Process:
 
 
 def broken() -> ProxyError:
-    return UpstreamUnavailable("The provider answered 503.")
+    return UpstreamUnavailable("The provider answered 503.").but(reason="overloaded")
 
 
 def unresolved() -> ProxyError:

@@ -12,7 +12,8 @@ from proxy.fault_tolerance.failover import Failover
 from proxy.fault_tolerance.guard import NoCircuits
 from proxy.fault_tolerance.permits import Guard, Permit
 from proxy.fault_tolerance.retry import RetryPolicy
-from proxy.observability.events import Notice, UpstreamFailedOver, UpstreamRetried
+from proxy.observability.events import Notice
+from proxy.observability.upstream_events import UpstreamFailedOver, UpstreamRetried
 from proxy.providers.base import Provider
 from proxy.types import Ask, Record, Target
 from tests.budget.scene import RATES, Scene
@@ -66,11 +67,13 @@ class Told:
 
 
 class Switches:
-    """Circuits that are open where the test says so, `probed` being those that may be tried all the same."""
+    """Circuits that are open where the test says so: `due` ones are to be probed, `early` ones only by a request that
+    has nowhere else to go."""
 
-    def __init__(self, *open_ones: str, probed: Sequence[str] = ()) -> None:
+    def __init__(self, *open_ones: str, due: Sequence[str] = (), early: Sequence[str] = ()) -> None:
         self.open_ones = set(open_ones)
-        self.probed = set(probed)
+        self.due = set(due)
+        self.early = set(early)
         self.told: list[tuple[str, str]] = []
         self.asked: list[tuple[list[tuple[str, str]], bool]] = []
 
@@ -81,7 +84,7 @@ class Switches:
         self.asked.append((list(places), all_open))
         await asyncio.sleep(0)
         for index, (provider, _) in enumerate(places):
-            if provider in self.probed:
+            if provider in self.due or (all_open and provider in self.early):
                 return index, Told(self.told, provider)
         return None
 

@@ -326,7 +326,35 @@ async def test_an_open_circuit_is_passed_over() -> None:
     await stage.run()
     assert stage.asked == {"a": 0, "b": 1}
     assert stage.told() == [("failed over", "a", "b", "circuit_open")]
-    assert stage.circuits.asked == []
+    assert stage.circuits.asked == [([("a", "m")], False)]
+
+
+async def test_an_open_circuit_that_is_due_is_probed_although_another_target_is_well() -> None:
+    stage = Stage(circuits=Switches("a", due=["a"]))
+    stage.add("a", GOOD)
+    stage.add("b", GOOD)
+    await stage.run()
+    assert stage.asked == {"a": 1, "b": 0}
+    assert stage.told() == []
+    assert stage.circuits.told == [("a", "succeeded")]
+
+
+async def test_a_probe_that_fails_costs_its_request_nothing_but_time() -> None:
+    stage = Stage(circuits=Switches("a", due=["a"]))
+    stage.add("a", DOWN)
+    stage.add("b", GOOD)
+    assert b"Hi" in await stage.run()
+    assert stage.asked == {"a": 1, "b": 1}
+    assert stage.circuits.told == [("a", "failed: server_error"), ("b", "succeeded")]
+
+
+async def test_one_target_that_is_open_is_asked_for_once() -> None:
+    stage = Stage(circuits=Switches("a"))
+    stage.add("a", GOOD)
+    with pytest.raises(UpstreamUnavailable):
+        await stage.run()
+    assert stage.circuits.asked == [([("a", "m")], True)]
+    assert stage.waits == []
 
 
 async def test_where_all_are_open_the_answer_is_at_once_and_lists_them() -> None:
@@ -337,11 +365,12 @@ async def test_where_all_are_open_the_answer_is_at_once_and_lists_them() -> None
         await stage.run("a/m", "b/m")
     assert entries(raised.value) == [("a/m", None, "circuit_open"), ("b/m", None, "circuit_open")]
     assert stage.asked == {"a": 0, "b": 0}
-    assert stage.circuits.asked == [([("a", "m"), ("b", "m")], True)]
+    assert stage.circuits.asked[-1] == ([("a", "m"), ("b", "m")], True)
+    assert len(stage.circuits.asked) == 3
 
 
 async def test_where_all_are_open_one_may_be_the_probe() -> None:
-    stage = Stage(circuits=Switches("a", "b", probed=["b"]))
+    stage = Stage(circuits=Switches("a", "b", early=["b"]))
     stage.add("a", GOOD)
     stage.add("b", GOOD)
     assert b"Hi" in await stage.run()
@@ -350,12 +379,12 @@ async def test_where_all_are_open_one_may_be_the_probe() -> None:
 
 
 async def test_where_the_others_have_failed_an_open_one_may_be_due() -> None:
-    stage = Stage(circuits=Switches("a", probed=["a"]))
+    stage = Stage(circuits=Switches("a", early=["a"]))
     stage.add("a", DOWN)
     stage.add("b", whole(b"{}", 401))
     with pytest.raises(UpstreamUnavailable) as raised:
         await stage.run("a/m", "b/m")
-    assert stage.circuits.asked == [([("a", "m")], False)]
+    assert stage.circuits.asked == [([("a", "m")], False), ([("a", "m")], True)]
     assert entries(raised.value)[-1] == ("a/m", 500, "server_error")
     assert stage.asked == {"a": 1, "b": 1}  # one probe, and no second
 
@@ -492,7 +521,7 @@ async def test_a_client_that_leaves_during_the_second_attempt_closes_it() -> Non
 
 
 async def test_a_client_that_leaves_during_a_probe_gives_it_back() -> None:
-    stage = Stage(circuits=Switches("a", probed=["a"]))
+    stage = Stage(circuits=Switches("a", early=["a"]))
     probed = stage.add("a", HANGS)
     await cancelled(stage, lambda: probed.asked)
     assert probed.ended == [Outcome.GONE]

@@ -13,7 +13,8 @@ from proxy.errors import InvalidRequest, UpstreamRateLimited
 from proxy.fault_tolerance.base import BreakerStore
 from proxy.fault_tolerance.breaker import Rules
 from proxy.fault_tolerance.guard import Circuits, NoCircuits
-from proxy.observability.events import CircuitClosed, CircuitOpened, Notice
+from proxy.observability.events import Notice
+from proxy.observability.upstream_events import CircuitClosed, CircuitOpened
 from proxy.store.memory_circuits import MemoryCircuits
 from tests.fault_tolerance.fleet import PLACE, Process, Time, broken, settled, unresolved
 
@@ -133,14 +134,14 @@ async def test_two_of_four_open_it_for_all_and_one_probe_closes_it_for_all(fleet
     await fleet[0].fail(5)
     await all_sync(fleet)
     assert [process.state for process in fleet] == ["open", "closed", "closed", "closed"]
-    assert fleet[1].row["votes"] == [{"process": "process-0", "why": "upstream_unavailable"}]
+    assert fleet[1].row["votes"] == [{"process": "process-0", "why": "overloaded"}]
     await fleet[1].fail(5)
     await all_sync(fleet)
     await all_sync(fleet)
     assert [process.state for process in fleet] == ["open"] * 4
     (opened,) = [event for event in fleet[3].events if isinstance(event, CircuitOpened)]
     assert (opened.scope, opened.was, opened.mode) == ("fleet", "closed", "enforce")
-    assert opened.why == ("process-0: upstream_unavailable", "process-1: upstream_unavailable")
+    assert opened.why == ("process-0: overloaded", "process-1: overloaded")
     pass_open_time(time)
     flights = [await process.begin() for process in fleet]
     assert [flight is not None for flight in flights] == [True, False, False, False]

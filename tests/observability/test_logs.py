@@ -20,9 +20,6 @@ from canaries import ALL, ENCODINGS, Canary, base64s, leaks
 from proxy.errors import UpstreamBroken
 from proxy.observability.events import (
     Bus,
-    CircuitClosed,
-    CircuitHalfOpen,
-    CircuitOpened,
     ConnectionRefused,
     InternalFault,
     RequestFinished,
@@ -30,13 +27,18 @@ from proxy.observability.events import (
     ServerDraining,
     ServerStarted,
     ServerStopped,
-    UpstreamFailedOver,
-    UpstreamRetried,
 )
 from proxy.observability.lines import MAX_LINE
 from proxy.observability.logs import FriendlyLog, JsonLog, Logging, setup_logging, wants_colour
 from proxy.observability.scrub import Scrubber
 from proxy.observability.stdlib import log_loop_error
+from proxy.observability.upstream_events import (
+    CircuitClosed,
+    CircuitHalfOpen,
+    CircuitOpened,
+    UpstreamFailedOver,
+    UpstreamRetried,
+)
 from proxy.types import Usage
 
 NOW = 1767225600.0 + 0.123456

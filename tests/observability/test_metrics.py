@@ -14,18 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.observability.events import (
-    CircuitClosed,
-    CircuitHalfOpen,
-    CircuitOpened,
-    ConnectionRefused,
-    InternalFault,
-    RequestFinished,
-    RequestRefused,
-    ServerDraining,
-)
+from proxy.observability.events import ConnectionRefused, InternalFault, RequestFinished, RequestRefused, ServerDraining
 from proxy.observability.metrics import CONTENT_TYPE, Metrics
 from proxy.observability.series import Histogram, Snapshot
+from proxy.observability.upstream_events import CircuitClosed, CircuitHalfOpen, CircuitOpened
 from proxy.types import Usage
 
 CHAT = {"route": "/v1/chat/completions", "model": "gpt-4o*", "provider": "openai"}

@@ -59,7 +59,11 @@ class _Ready:
 
 
 class Mock:
-    """A `Handler`. Not bound to an event loop; one may serve an in-process transport and a server alike."""
+    """A `Handler`. Not bound to an event loop; one may serve an in-process transport and a server alike.
+
+    Its own pages stand under `/__` and `/v1/__`: `GET /__health`; `GET` and `DELETE /__ledger`; `POST /__outage`, from
+    which on everything else is answered 503, and `DELETE /__outage`, which ends that.
+    """
 
     def __init__(
         self,
@@ -81,6 +85,8 @@ class Mock:
         self._slow = slow_ms / 1000
         self._script = script
         self._stored = Stored()
+        self._out = False
+        """An outage: every request but those for the mock's own pages is answered 503."""
         self._ready: dict[tuple[bytes, bytes], _Ready] = {}
 
     def handle(self, method: bytes, target: bytes, headers: Headers, body: bytes) -> Serving:
@@ -94,11 +100,12 @@ class Mock:
                 authorization = authorization or value
             elif name == b"content-type":
                 content_type = value
-        ready = self._ready.get((target, body)) if method == b"POST" else None
+        ready = self._ready.get((target, body)) if method == b"POST" and not self._out else None
         if ready is None or self._script is not None:
             path, _, query = target.partition(b"?")
             text = unquote(path.decode("latin-1"))
-            if text.startswith("/__"):
+            if text.startswith(("/__", "/v1/__")):
+                text = text.removeprefix("/v1")
                 return Serving(self._own(method, text, parse_qs(query.decode("latin-1"))).answer(), request_id)
             ready = self._answer(method, text, query, content_type, body)
             self._remember(ready, method, target, body)
@@ -123,6 +130,8 @@ class Mock:
                 prompt = parse(self._seed, path, body)
                 model = prompt.model
                 request_id = b"req_" + prompt.ident.encode()
+            if self._out:
+                raise Refusal(503, "The mock has an outage.", code="outage")
             step = self._script.take(path, model) if self._script is not None else None
             draft = step.draft() if step is not None else None
             if draft is None:
@@ -194,6 +203,9 @@ class Mock:
         """The mock's own pages, which are in no ledger."""
         if path == "/__health" and method in (b"GET", b"HEAD"):
             return plain(b'{"status":"ok"}')
+        if path == "/__outage" and method in (b"POST", b"DELETE"):
+            self._out = method == b"POST"
+            return plain(orjson.dumps({"outage": self._out}))
         if path == "/__ledger" and method == b"DELETE":
             return plain(orjson.dumps({"dropped": self.ledger.reset()}))
         if path == "/__ledger" and method in (b"GET", b"HEAD"):
@@ -205,7 +217,7 @@ class Mock:
 
     def _remember(self, ready: _Ready, method: bytes, target: bytes, body: bytes) -> None:
         """Keeps an answer that depends on nothing but the request's target and body."""
-        if method != b"POST" or ready.path not in _GENERATORS or self._script is not None:
+        if method != b"POST" or ready.path not in _GENERATORS or self._script is not None or self._out:
             return
         size = sum(len(data) for _, data in ready.answer.steps)
         if len(body) + 3 * size > _LONGEST_REMEMBERED:  # a server keeps two encodings beside the steps

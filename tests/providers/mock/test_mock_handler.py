@@ -547,6 +547,19 @@ def test_bodies_that_are_no_json_objects_and_unknown_paths(mock: Mock) -> None:
         assert json_of(answer)["error"]["code"] == "unknown_url"
 
 
+def test_an_outage_begins_and_ends_on_request(mock: Mock) -> None:
+    asked = {"model": "m", "messages": HI}
+    before = body_of(post(mock, "/v1/chat/completions", asked))
+    assert json_of(get(mock, "/v1/__outage", b"POST")) == {"outage": True}
+    for _ in range(2):
+        answer = post(mock, "/v1/chat/completions", asked)
+        assert (answer.status, json_of(answer)["error"]["code"]) == (503, "outage")
+    assert get(mock, "/v1/models").status == 503
+    assert get(mock, "/__health").status == 200
+    assert json_of(get(mock, "/__outage", b"DELETE")) == {"outage": False}
+    assert body_of(post(mock, "/v1/chat/completions", asked)) == before
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 200) | st.text(max_size=4) | st.sampled_from(["function", "user"]),
     lambda inner: (
