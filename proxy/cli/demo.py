@@ -100,8 +100,8 @@ Requests appear below; Ctrl-C ends it.
 def _outage(url: str, admin_key: str) -> str:
     return f"""
 Rehearse an outage: the first line makes the provider mock answer 503 to everything, and the next answers come from
-backup. After five failures the circuit of mock is open, and it is asked no more, but for one probe about every 10 s. The
-last line ends the outage.
+backup. After five failures the circuit of mock is open: it is asked no more, but for a probe about every ten seconds.
+The last line ends the outage.
 
 curl -s -X POST {url}/v1/__outage
 for i in 1 2 3 4 5 6 7; do curl -s -o /dev/null -D - {url}/v1/chat/completions -H 'content-type: application/json' \\

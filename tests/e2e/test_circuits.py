@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from proxy.observability.upstream_events import CircuitClosed, CircuitHalfOpen, CircuitOpened
-from tests.e2e.scene import ANSWER, CHAT, PATIENCE, plain, until
+from tests.e2e.scene import ANSWER, CHAT, PATIENCE, SSE, chunk, piece_of, plain, until
 from tests.e2e.stack import ServeProcess, Stack, serving, stack
 from tests.e2e.test_failover import BODY, ERROR, Provider, provider
 from tests.redis_server import RedisServer, redis_binary, running
@@ -168,6 +168,42 @@ async def test_what_is_the_clients_own_fault_opens_nothing() -> None:
             assert (await seen.ask()).status_code == 400
         assert (await seen.circuit())["state"] == "closed"
         assert len(a.asked) == 6
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 429])
+async def test_what_is_the_credentials_fault_opens_nothing(status: int) -> None:
+    async with provider(plain(ERROR, status)) as a, provider() as b, stack(config(a, b)) as proxy:
+        seen = Seen(proxy.url)
+        for _ in range(7):
+            assert await seen.answerer() == "b"
+        row = await seen.circuit()
+        assert (row["state"], row["last_10_seconds"]["failed"]) == ("closed", 0)
+        assert moves(proxy) == []
+
+
+async def cut(peer: Peer, received: Received) -> None:
+    await peer.send(SSE + chunk(piece_of("Hi")))
+    peer.reset()
+
+
+async def stalls(peer: Peer, received: Received) -> None:
+    await peer.send(SSE)
+    await peer.gone()
+
+
+@pytest.mark.parametrize("breaks", [cut, stalls])
+async def test_streams_that_are_cut_or_never_begin_open_it(breaks: Any) -> None:
+    async with provider(breaks) as a:
+        settings = config(a, recovery_ms=60_000)
+        settings["providers"]["a"]["timeouts"] = {"first_event_ms": 30}
+        async with stack(settings) as proxy:
+            async with httpx2.AsyncClient(base_url=proxy.url, timeout=PATIENCE) as client:
+                for _ in range(6):
+                    answer = await client.post(CHAT, json={**BODY, "stream": True})
+                    assert answer.status_code == 200 or answer.json()["error"]["type"] == "upstream_error"
+            row = await Seen(proxy.url).circuit()
+            assert row["state"] == "open"
+            assert len(a.asked) == 5
 
 
 async def test_a_deadline_of_the_clients_own_opens_nothing() -> None:

@@ -25,6 +25,10 @@ FAR = 60_000
 """Milliseconds that no test waits for."""
 
 
+ENDLESS = "bench-9999-1"
+"""A stream that has begun, and goes on for hours."""
+
+
 def config(drain_ms: int, grace_ms: int, **mock: Any) -> dict[str, Any]:
     return {
         "providers": {"mock": {"kind": "mock", **mock}},
@@ -161,10 +165,10 @@ def accepts(process: ServeProcess) -> bool:
 def test_what_outlives_the_grace_is_told_so(number: int) -> None:
     """A stream by one error event, a plain request by a 503; each has its line in the log."""
     with serving(config(0, 500)) as process:
-        with streaming(process, "stall") as stream, asked(process, "stall") as plain, Wire(process.port) as probe:
+        with streaming(process, ENDLESS) as stream, asked(process, "stall") as plain, Wire(process.port) as probe:
             eventually(lambda: in_flight(probe) == 2)
             process.process.send_signal(number)
-            first, last = read_events(rest(stream))
+            first, *_, last = read_events(rest(stream))
             assert json.loads(first[1])["choices"]
             assert json.loads(last[1])["error"]["code"] == "stream_interrupted"
             refusal: Answer = plain.answer()
@@ -194,7 +198,7 @@ def test_a_plain_request_that_ends_within_the_grace_is_answered() -> None:
 
 def test_a_second_signal_hurries() -> None:
     with serving(config(FAR, FAR)) as process:
-        with streaming(process, "stall") as stream, Wire(process.port) as probe:
+        with streaming(process, ENDLESS) as stream, Wire(process.port) as probe:
             process.process.send_signal(signal.SIGTERM)
             eventually(lambda: ready(probe) == 503)
             process.process.send_signal(signal.SIGTERM)
@@ -228,7 +232,7 @@ def test_a_client_that_reads_nothing_does_not_hold_up_the_end() -> None:
 
 def test_clients_that_leave_during_the_drain_are_counted_as_such() -> None:
     with serving(config(FAR, FAR)) as process:
-        with streaming(process, "stall") as stream, Wire(process.port) as probe:
+        with streaming(process, ENDLESS) as stream, Wire(process.port) as probe:
             process.process.send_signal(signal.SIGTERM)
             eventually(lambda: ready(probe) == 503)
             stream.reset()

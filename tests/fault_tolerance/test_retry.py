@@ -44,6 +44,17 @@ def course(
     return Course(RetryPolicy(**policy), targets, Bounds(deadline, calls), lambda: random, replayable=replayable)
 
 
+def test_a_request_has_nowhere_else_to_go_once_each_target_has_failed_it_or_is_open() -> None:
+    one = course(A, B, C)
+    one.skipped(0, OPEN, 0.0)
+    one.failed(1, DOWN, 0.0)
+    assert not one.is_exhausted
+    one.skipped(2, "rate_limited", 0.0, 5.0)
+    assert not one.is_exhausted, "a key that rests is no reason to try a target that is down"
+    one.failed(2, DOWN, 0.0)
+    assert one.is_exhausted
+
+
 def after(error: UpstreamError, *targets: Target, **more: Any) -> Step | None:
     one = course(*targets, **more)
     one.failed(0, error, 0.0)
