@@ -112,6 +112,8 @@ class Way:
         self._room = asyncio.Event()
         self.passed = 0
         """Bytes that went through, before anything was made of them."""
+        self.last = 0.0
+        """When the last of them did, on the loop's clock."""
         self.dropped = 0
         self.back: Way | None = None
         """The other direction of the same link."""
@@ -201,6 +203,7 @@ class Way:
         piece = data[:size]
         self._writer.write(faults.corrupt(self.passed, piece) if faults.corrupt is not None else piece)
         self.passed += size
+        self.last = asyncio.get_running_loop().time()
         await self._writer.drain()
 
 
