@@ -95,7 +95,8 @@ async def test_an_outage_from_its_first_vote_to_its_end(server: RedisServer) -> 
             await two_of_them_vote(found)
             async with Stream(found, "t", JOB, 40) as stream:
                 await one_of_them_probes(up)
-                await the_prober_is_killed(found, up, ways)
+                if LONG:  # its lease lasts; tests/fault_tolerance kills a prober in every run
+                    await the_prober_is_killed(found, up, ways)
                 await it_is_over(found, up)
             lost = [one for one in stream.outcomes if one.status != 200]
             # Nobody but the clients of the process that was killed noticed anything.
