@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.scene import Client
-from tests.faults.fleet import LONG, Config, Fleet, fleet, key_of, report, until
+from tests.faults.fleet import LONG, PATIENCE, Config, Fleet, fleet, key_of, report, until
 from tests.faults.load import Caller, Job, Stream
 from tests.faults.upstream import DOWN, GOOD, Upstream, saying, upstream
 from tests.faults.wire import Wire, wired
@@ -29,7 +29,7 @@ INTERVAL = 10.0 if LONG else 1.5
 """Seconds that a circuit stays open before it is probed, the first time."""
 SLACK = 0.0 if LONG else 1.0
 """Seconds that the news take on a busy machine: nothing beside a real interval, but something beside a short one."""
-PROBES = 6 if LONG else 2
+PROBES = 4 if LONG else 2
 LEASE = 5.0
 """Seconds, as the docs say."""
 PLACE = ("up", "m")
@@ -120,7 +120,7 @@ async def one_of_them_probes(up: Upstream) -> None:
     await until(lambda: up.active == 0, "what was under way to end")
     up.plays = saying(DOWN, after=0.2)
     up.most_active, before = 0, up.calls
-    await until(lambda: up.calls >= before + PROBES, "the probes")
+    await until(lambda: up.calls >= before + PROBES, "the probes", seconds=2 * INTERVAL * PROBES + PATIENCE)
     await until(lambda: up.active == 0, "the last of them to end")
     report("P10 probes at a time, at most", up.calls - before, up.most_active, 1)
     assert up.most_active == 1
