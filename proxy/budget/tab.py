@@ -28,7 +28,7 @@ from proxy.budget.plan import Plan, Want
 from proxy.budget.policy import Policy
 from proxy.budget.pricing import cost
 from proxy.budget.records import Line
-from proxy.errors import ConnectFailed, ProxyError, UpstreamTimeout
+from proxy.errors import ProxyError, UpstreamTimeout
 from proxy.tokens.encodings import encoding_of
 from proxy.tokens.meter import Meter
 from proxy.types import Event, Headers, Record, Target, Usage
@@ -217,16 +217,15 @@ class Tab:
 
     async def _estimated(self, attempt: Attempt) -> Usage | None:
         """What an attempt came to of which the provider said nothing; None: nothing."""
-        if attempt.status >= 300 or isinstance(attempt.failed, ConnectFailed) or self.want.free:
-            return None
+        timed_out = isinstance(attempt.failed, UpstreamTimeout)
+        refused = attempt.status == 0 and attempt.failed is not None and not timed_out
+        if attempt.status >= 300 or refused or self.want.free:
+            return None  # Nothing to count: the next attempt waits for this.
         await count(self._budget.counter, self.want, attempt.plan.target)
         given = self.want.input_tokens
         if attempt.status == 0:
-            if attempt.failed is None:
-                return Usage(given, 0, estimated=True)  # The client left while the provider was at work.
-            if isinstance(attempt.failed, UpstreamTimeout):
-                return Usage(given, attempt.plan.estimate.expected, estimated=True)
-            return None
+            # Without a failure the client left while the provider was at work.
+            return Usage(given, attempt.plan.estimate.expected if timed_out else 0, estimated=True)
         if self.want.ask.dialect == "passthrough":
             return Usage(estimated=True)  # It was used, and nobody knows how much.
         output = await self._output_of(attempt)

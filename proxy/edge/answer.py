@@ -109,7 +109,7 @@ class Answer:
 
     async def start(self, status: int, headers: Headers, *, stream: bool = False, length: int | None = None) -> None:
         if self._beating is not None:
-            await self._beat_done(self._beating)
+            await self._beats_done()
         if self._committed:
             if not stream:
                 self._late = status
@@ -121,7 +121,7 @@ class Answer:
 
     async def write(self, event: Event) -> None:
         if self._beating is not None:
-            await self._beat_done(self._beating)
+            await self._beats_done()
         data = event.data
         if self._late is not None:
             await self._body(self._as_error_event(data))
@@ -167,7 +167,7 @@ class Answer:
     async def end(self, data: bytes = b"") -> None:
         """Sends the last bytes, unless the answer has ended with its length or its terminator."""
         if self._beating is not None:
-            await self._beat_done(self._beating)
+            await self._beats_done()
         if self.complete:
             return
         self._stop_beats()
@@ -180,7 +180,7 @@ class Answer:
     async def fail(self, error: ProxyError) -> None:
         """Ends the answer with an error, in the form that is still possible."""
         if self._beating is not None:
-            await self._beat_done(self._beating)
+            await self._beats_done()
         if self.complete:
             return
         self.error_code = error.code
@@ -284,9 +284,13 @@ class Answer:
             self._timer.cancel()
             self._timer = None
 
-    async def _beat_done(self, beating: asyncio.Task[None]) -> None:
-        await asyncio.wait([beating])
-        self._beating = None
+    async def _beats_done(self) -> None:
+        """Returns without having waited since it last looked: no further comment can have begun meanwhile."""
+        while (beating := self._beating) is not None:
+            if beating.done():
+                self._beating = None
+            else:
+                await asyncio.wait([beating])
 
 
 def _header_text(text: str) -> bytes:

@@ -83,11 +83,11 @@ class Verdict:
 
 def judge_chunk(asked_usage: bool, raw: bytes, data: bytes) -> Verdict | None:
     """One event of a chat or legacy completion; None for the ordinary case: pass it as it is. Raises Interrupted."""
+    _check_text(raw)
     if data.startswith(b"[DONE]"):
         return Verdict(raw, last=True)
     try:
         chunk = lenient(_chunk, data)
-        _check_text(data)
     except _NOT_JSON:
         raise Interrupted("The provider sent an event that is not valid JSON.") from None
     if chunk.error is not _ABSENT and bytes(chunk.error) not in NO_ERROR:
@@ -128,10 +128,10 @@ def pass_ordinary(asked_usage: bool, block: bytes) -> bytes | None:
 
 def judge_response_event(raw: bytes, data: bytes) -> Verdict | None:
     """One event of a response. Its own terminators end it; a `[DONE]` that a server adds does too."""
+    _check_text(raw)
     if data.startswith(b"[DONE]"):
         return Verdict(raw, last=True)
     try:
-        _check_text(data)
         event = lenient(_typed, data)
         if event.type in _TERMINAL:
             usage = usage_of(lenient(_terminal, data).response.usage)
@@ -145,10 +145,14 @@ def judge_response_event(raw: bytes, data: bytes) -> Verdict | None:
     return None
 
 
-def _check_text(data: bytes) -> None:
-    """Raises UnicodeDecodeError for what is no UTF-8: members that are not read are not decoded, and SDKs choke."""
-    if not data.isascii():
-        data.decode()
+def _check_text(raw: bytes) -> None:
+    """Raises Interrupted for what is no UTF-8, wherever in an event it stands: SDKs decode each line, and trip over it
+    with an error that is none of theirs."""
+    if not raw.isascii():
+        try:
+            raw.decode()
+        except UnicodeDecodeError:
+            raise Interrupted("The provider sent an event that is not valid UTF-8.") from None
 
 
 def _provider_error(raw: bytes, error: msgspec.Raw) -> Interrupted:
@@ -314,6 +318,8 @@ class StreamReply:
             for raw, _, data in events(block):
                 if data is None:
                     if not opening or self._begun:
+                        if self._terminated:
+                            _check_text(raw)
                         passed.append(raw)
                     continue
                 verdict = self._judge(raw, data)

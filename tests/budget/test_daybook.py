@@ -13,7 +13,7 @@ from proxy.budget.policy import Policies
 from proxy.budget.records import Line, entries_of
 from proxy.budget.refusals import Refusals
 from proxy.budget.settings import UNWRITTEN, BudgetSettings
-from proxy.errors import ConnectFailed, InternalError, UpstreamTimeout
+from proxy.errors import ConnectFailed, InternalError, UpstreamTimeout, UpstreamUnavailable
 from proxy.observability.events import BudgetRefused
 from proxy.store.base import Settled, Settlement, Tally
 from proxy.types import Record, Usage
@@ -83,6 +83,7 @@ async def test_a_written_observe_rehearses_with_reservations() -> None:
     [
         (0, ConnectFailed("no", reason="connect"), False),
         (0, InternalError(), False),
+        (0, UpstreamUnavailable("no"), False),
         (500, None, False),
         (0, UpstreamTimeout("no"), True),
         (0, None, True),
@@ -91,7 +92,8 @@ async def test_a_written_observe_rehearses_with_reservations() -> None:
 )
 async def test_what_a_failed_attempt_comes_to(status: int, failed: Exception | None, billed: bool) -> None:
     scene = Scene(UNWRITTEN)
-    async with scene.budget.hold(TENANT, "", want(), [TARGET], Record()) as tab:
+    asked = want()
+    async with scene.budget.hold(TENANT, "", asked, [TARGET], Record()) as tab:
         await tab.cover(TARGET)
         if status:
             tab.answered(status)
@@ -99,6 +101,7 @@ async def test_what_a_failed_attempt_comes_to(status: int, failed: Exception | N
             tab.failed(failed)  # type: ignore[arg-type]
     rows = await scene.used("quality")
     assert [row.dimensions for row in rows] == ([("estimated",)] if billed else [])
+    assert bool(asked.input_bound) is billed  # counting takes its time, for which the next attempt would have to wait
 
 
 async def test_attempts_and_children_of_one_request_are_told_together() -> None:

@@ -257,6 +257,18 @@ async def test_text_that_is_no_utf8_is_an_error_not_the_clients_to_trip_over(pat
         assert (await on_stage.over())[0].status == 200
 
 
+@pytest.mark.parametrize("bad", [b": \xff\n\n", b"id: \xff\ndata: {}\n\n", b"dat\xff: {}\n\n", b"data: [DONE]\xff\n\n"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+async def test_nor_is_what_stands_beside_the_data(path: str, bad: bytes) -> None:
+    good = said("Hi").encode()
+    whole = b"data: " + good + b"\n\n" + bad + b"data: [DONE]\n\n"
+    async with scene(lambda peer: answered(peer, SSE + chunk(whole) + END)) as on_stage:
+        status, _, body = await on_stage.post(path=path, stream=True)
+        first, last = read_events(body)
+        assert (status, first) == (200, (b"", good))
+        assert error_of(last[1])["code"] == "stream_interrupted"
+
+
 async def answered(peer: Peer, data: bytes) -> None:
     while True:
         await peer.request()

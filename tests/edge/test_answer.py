@@ -61,3 +61,42 @@ async def test_silence_costs_one_look_each_time_also_when_the_client_takes_nothi
     assert time.monotonic() - started >= 10 * SILENCE
     taken.set()
     answer.close()
+
+
+@pytest.mark.parametrize("later", range(6))
+async def test_none_comes_after_the_end_when_both_fall_due_together(later: int) -> None:
+    """One comment is just out and the next is due, `later` turns of the loop after it, while the end is written."""
+    loop = asyncio.get_running_loop()
+    sent: list[bytes] = []
+    now = [0.0]
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if sent[-1] == COMMENT and sent.count(COMMENT) == 1:
+            now[0] += 1000.0
+            loop.call_soon(turn, later)
+
+    def turn(left: int) -> None:
+        if left:
+            loop.call_soon(turn, left - 1)
+        elif answer._timer is not None:  # which would have fired now
+            answer._tick()
+
+    answer = Answer(
+        send,
+        Connection(asyncio.Transport()),
+        request_id="r",
+        traceparent="t",
+        trailer=False,
+        clock=lambda: now[0],
+        silence=600.0,
+    )
+    answer.expect_stream()
+    now[0] = 1000.0
+    answer._tick()
+    await asyncio.sleep(0)
+    await answer.end(b"data: [DONE]\n\n")
+    for _ in range(10):
+        await asyncio.sleep(0)
+    answer.close()
+    assert sent[-1] == b"data: [DONE]\n\n"

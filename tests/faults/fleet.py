@@ -40,6 +40,8 @@ PROGRAM = (sys.executable, "-m", "proxy")
 """The code beside these tests, whatever is installed."""
 ADMIN_KEY = "bw-admin-0123456789abcdef"
 Figures = dict[str, float]
+Config = dict[str, Any]
+Change = Callable[[Config, int], Config]
 
 
 def key_of(tenant: str) -> str:
@@ -131,6 +133,15 @@ class Fleet:
     redis: RedisServer
     mock: MockProcess
     processes: list[ServeProcess]
+    parts: contextlib.ExitStack
+    """What ends with the fleet."""
+
+    def start(self, config: Config) -> ServeProcess:
+        """One process more. It is ready when it says so."""
+        process = ServeProcess(config, program=PROGRAM)
+        self.parts.callback(process.close)
+        self.processes.append(process)
+        return process
 
     @property
     def ports(self) -> list[int]:
@@ -144,6 +155,12 @@ class Fleet:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         async with httpx2.AsyncClient(headers=headers, timeout=PATIENCE, trust_env=False) as client:
             return await client.get(f"{self.alive[process].url}{path}", params=query)
+
+    async def circuits(self, process: int = 0) -> dict[tuple[str, str], dict[str, Any]]:
+        """What one process knows of each circuit, by provider and model."""
+        answer = await self.admin("/admin/circuits", process)
+        assert answer.status_code == 200, answer.text
+        return {(row["provider"], row["model"]): row for row in answer.json()}
 
     async def opened(self) -> None:
         """Every process has reached its store, and saw every scope: what it may go by when the store is away."""
@@ -214,31 +231,31 @@ def fleet(
     *,
     state: str = "",
     timeout_ms: int = UNHURRIED_MS,
+    change: Change | None = None,
 ) -> Iterator[Fleet]:
-    """`count` processes on one Redis and one provider. `tenants`: their budgets by name; `state`: another way there."""
+    """`count` processes on one Redis and one provider. `tenants`: their budgets by name; `state`: another way there;
+    `change`: makes of the configuration, and of the number of a process, its own."""
     with contextlib.ExitStack() as parts:
         mock = MockProcess()
         parts.callback(mock.close)
         mock.wait_until_ready()
         config = _config(state or server.url, mock.origin, tenants, timeout_ms)
-        processes = []
-        for _ in range(count):
-            process = ServeProcess(config, program=PROGRAM)
-            parts.callback(process.close)
-            processes.append(process)
-        for process in processes:
+        found = Fleet(server, mock, [], parts)
+        for number in range(count):
+            found.start(config if change is None else change(config, number))
+        for process in found.processes:
             process.wait_until_ready()
-        yield Fleet(server, mock, processes)
-        for process in processes:
+        yield found
+        for process in found.processes:
             if process.process.poll() is None:
                 process.process.send_signal(signal.SIGTERM)
-        for process in processes:
+        for process in found.processes:
             process.process.wait(PATIENCE)
-        errors = [line for each in processes for line in each.lines() if line["level"] == "error"]
+        errors = [line for each in found.processes for line in each.lines() if line["level"] == "error"]
         assert not errors, errors[:5]
 
 
-def _config(state: str, origin: str, tenants: Mapping[str, Mapping[str, Any]], timeout_ms: int) -> dict[str, Any]:
+def _config(state: str, origin: str, tenants: Mapping[str, Mapping[str, Any]], timeout_ms: int) -> Config:
     facts = {"price": {"input": 1, "output": 1}, "context_window": 128_000, "max_output_tokens": 8_000}
     provider = {
         "kind": "openai",

@@ -133,7 +133,7 @@ async def serve(script: Script, tls: ssl.SSLContext | None = None) -> AsyncItera
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    listener = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls, backlog=1024)  # a crowd may come at once
     server.port = listener.sockets[0].getsockname()[1]
     try:
         yield server
