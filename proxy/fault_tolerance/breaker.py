@@ -27,16 +27,13 @@ from proxy.fault_tolerance.base import Place, View, Vote
 from proxy.fault_tolerance.evidence import Evidence
 
 State = Literal["closed", "half_open", "open"]
-Happening = Literal[
-    "success", "failure", "cooldown", "limit", "vote", "granted", "lost", "time", "healed", "open", "reset"
-]
+Happening = Literal["success", "failure", "limit", "vote", "granted", "lost", "time", "healed", "open", "reset"]
 Scope = Literal["process", "fleet", "hand"]
 
 TABLE: Final[dict[Happening, tuple[State, State, State]]] = {
     # in:        closed       half_open    open
     "success": ("closed", "closed", "open"),  # of a request; in half_open, of the probe
     "failure": ("closed", "open", "open"),  # one that the limit allows; in half_open, of the probe
-    "cooldown": ("closed", "half_open", "open"),  # 429: the credential rests, the provider is well
     "limit": ("open", "open", "open"),  # the failure that is one too many
     "vote": ("open", "open", "open"),  # enough processes say so
     "granted": ("closed", "half_open", "half_open"),  # the lease of the probe
