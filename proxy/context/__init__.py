@@ -1,0 +1,1 @@
+"""Context: conversations that never outgrow the window of the model that answers."""
