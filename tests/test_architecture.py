@@ -27,21 +27,25 @@ LAYOUT = Layout(
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
         (1, "proxy.fault_tolerance.backoff proxy.fault_tolerance.evidence proxy.fault_tolerance.breaker"),
         (1, "proxy.fault_tolerance.fleet proxy.fault_tolerance.retry proxy.fault_tolerance.sharing"),
+        (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite proxy.context.limits"),
+        (1, "proxy.context.answers"),
+        (1, "proxy.observability.context_events"),
         (1, "proxy.fault_tolerance.verdict proxy.fault_tolerance.permits"),
-        (2, "proxy.store proxy.budget proxy.fault_tolerance"),
+        (2, "proxy.store proxy.budget proxy.fault_tolerance proxy.context"),
         (
             2,
             "proxy.transport proxy.providers proxy.observability proxy.catalog proxy.owners",
         ),  # shells: they wait and never decide
-        (3, "proxy.pipeline"),
-        (4, "proxy.edge proxy.admin"),
-        (5, "proxy.config proxy.config.settings"),
-        (6, "proxy.app proxy.app.__init__"),  # the only room that names concrete classes
-        (7, "proxy.cli proxy.cli.__init__"),
-        (8, "proxy.__main__"),
+        (3, "proxy.children"),
+        (4, "proxy.pipeline"),
+        (5, "proxy.edge proxy.admin"),
+        (6, "proxy.config proxy.config.settings"),
+        (7, "proxy.app proxy.app.__init__"),  # the only room that names concrete classes
+        (8, "proxy.cli proxy.cli.__init__"),
+        (9, "proxy.__main__"),
     ),
     shared=1,
-    free=("proxy.pipeline", "proxy.app", "proxy.cli", "proxy.__main__"),
+    free=("proxy.pipeline", "proxy.children", "proxy.app", "proxy.cli", "proxy.__main__"),
     late=("proxy.cli", "proxy.app"),  # a command, or the admin application, that most runs never need
     only_in={
         "prometheus_client": "proxy.observability",

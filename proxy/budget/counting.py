@@ -18,9 +18,17 @@ BYTES_PER_TOKEN: Final = 4
 
 
 async def count(counter: Counter, want: Want, target: Target) -> None:
-    """Counts the input, once."""
+    """Counts the input of what `target` is sent. Raises ContextExceeded."""
     ask = want.ask
-    if want.input_bound or not ask.fields:
+    if want.view is not None and want.view.needed:
+        sent = await want.view.size(target)
+        if sent.tokens:
+            want.input_tokens, want.input_bound = sent.tokens, sent.most + FRAME_TOKENS
+            return
+        ask = sent.ask
+    elif want.input_bound:
+        return
+    if not ask.fields:
         return
     media = media_of(ask.dialect, ask.fields, target.model)
     counted = await counter.count_prompt(ask.dialect, ask.fields, encoding_of(target.model))

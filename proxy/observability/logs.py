@@ -14,6 +14,7 @@ import msgspec
 
 from proxy.money import usd_text
 from proxy.observability import tracebacks
+from proxy.observability.context_events import ContextTrimmed
 from proxy.observability.events import (
     BudgetRefused,
     ConnectionRefused,
@@ -277,6 +278,12 @@ class FriendlyLog:
             case UpstreamRetried():
                 text = f"{event.target} again after {event.wait * 1000:.0f} ms: {event.reason}"
                 self._print(_YELLOW, "retry", text)
+            case ContextTrimmed():
+                would = "" if event.mode == "enforce" else "would be "
+                text = (
+                    f"{event.dropped} messages {would}removed: {event.before} -> {event.after} of {event.limit} tokens"
+                )
+                self._print(_GREY, "context", text)
             case UpstreamFailedOver():
                 self._print(_YELLOW, "failover", f"{event.source} -> {event.target}: {event.reason}")
             case ServerStopped() | ServerStarted():

@@ -21,6 +21,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from proxy.money import NANO
+from proxy.observability.context_events import ContextTrimmed
 from proxy.observability.events import ConnectionRefused, Notice, RequestFinished, RequestRefused
 from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
 from proxy.observability.upstream_events import (
@@ -38,6 +39,7 @@ _REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _OVERHEAD_SECONDS: Final = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _FIRST_TOKEN_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _RATIOS: Final = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
+_ERRORS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _PLACE: Final = ("route", "model", "provider")
 _KINDS: Final = ("input", "output", "cache_read", "cache_write", "reasoning")
 
@@ -142,6 +144,18 @@ class _Families:
         self.estimates = Histogram(
             f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
         )
+        self.trims = Counter(
+            f"{p}context_trims_total",
+            "Requests that were sent without their oldest messages or outputs.",
+            ("strategy",),
+        )
+        self.trimmed = Counter(f"{p}context_tokens_trimmed_total", "Tokens that were not sent for it.", ())
+        self.counts = Histogram(
+            f"{p}context_estimate_error_ratio",
+            "By how much our count of a prompt differs from its provider's, as a part of that.",
+            (),
+            _ERRORS,
+        )
         self.duration = Histogram(
             f"{p}request_duration_seconds", "From request to end of answer.", _PLACE, _REQUEST_SECONDS
         )
@@ -156,10 +170,19 @@ class _Families:
     def counters(self) -> list[Counter]:
         requests = [self.requests, self.tokens, self.interruptions, self.disconnects, self.connections_refused]
         upstream = [self.transitions, self.retries, self.failovers]
-        return [*requests, self.cost, self.unpriced, self.refusals, self.store_errors, *upstream]
+        return [
+            *requests,
+            self.cost,
+            self.unpriced,
+            self.refusals,
+            self.store_errors,
+            *upstream,
+            self.trims,
+            self.trimmed,
+        ]
 
     def histograms(self) -> list[Histogram]:
-        return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates]
+        return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates, self.counts]
 
     def size(self) -> int:
         return sum(map(len, self.counters())) + sum(map(len, self.histograms()))
@@ -217,6 +240,7 @@ class Metrics:
             CircuitClosed: partial(self._circuit_moved, "closed"),
             UpstreamRetried: self._retried,
             UpstreamFailedOver: self._failed_over,
+            ContextTrimmed: self._trimmed,
         }
         self._clock = clock
         self._cache_seconds = cache_seconds
@@ -244,6 +268,9 @@ class Metrics:
             bound.first_token.observe(event.time_to_first_token)
         if event.usage is not None:
             bound.count_tokens(event.usage)
+            if event.counted and event.usage.input and not event.usage.estimated:
+                difference = abs(event.counted - event.usage.input)
+                self._families.counts.child().observe(difference / event.usage.input)
             if event.nano_usd is None:
                 bound.unpriced.value += 1
             else:
@@ -273,6 +300,11 @@ class Metrics:
 
     def _failed_over(self, event: UpstreamFailedOver) -> None:
         self._families.failovers.child(event.from_provider, event.to_provider).value += 1
+
+    def _trimmed(self, event: ContextTrimmed) -> None:
+        if event.mode == "enforce":
+            self._families.trims.child(event.strategy).value += 1
+            self._families.trimmed.child().value += event.before - event.after
 
     def budget_refused(self, tenant: str, window: str, mode: str) -> None:
         """A request met a full window. (Not every one has an event of its own.)"""
