@@ -25,6 +25,7 @@ LAYOUT = Layout(
         (1, "proxy.store.ownership"),  # a port of its own
         (1, "proxy.store.address"),  # where the store lives, which the configuration checks
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
+        (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite"),
         (1, "proxy.fault_tolerance.backoff proxy.fault_tolerance.evidence proxy.fault_tolerance.breaker"),
         (1, "proxy.fault_tolerance.fleet proxy.fault_tolerance.retry proxy.fault_tolerance.sharing"),
         (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite proxy.context.limits"),
