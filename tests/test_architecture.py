@@ -22,13 +22,14 @@ LAYOUT = Layout(
         (1, "proxy.observability.upstream_events"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
-        (1, "proxy.store.ownership"),  # a port of its own
+        (1, "proxy.store.ownership proxy.store.summaries"),  # ports of their own
+        (1, "proxy.context.atoms proxy.context.trim proxy.context.digest proxy.context.transcript"),
         (1, "proxy.store.address"),  # where the store lives, which the configuration checks
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
         (1, "proxy.fault_tolerance.backoff proxy.fault_tolerance.evidence proxy.fault_tolerance.breaker"),
         (1, "proxy.fault_tolerance.fleet proxy.fault_tolerance.retry proxy.fault_tolerance.sharing"),
         (1, "proxy.fault_tolerance.verdict proxy.fault_tolerance.permits"),
-        (2, "proxy.store proxy.budget proxy.fault_tolerance"),
+        (2, "proxy.store proxy.budget proxy.fault_tolerance proxy.context"),
         (
             2,
             "proxy.transport proxy.providers proxy.observability proxy.catalog proxy.owners",
