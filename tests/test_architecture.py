@@ -22,7 +22,8 @@ LAYOUT = Layout(
         (1, "proxy.observability.upstream_events"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
-        (1, "proxy.store.ownership"),  # a port of its own
+        (1, "proxy.store.ownership proxy.store.summaries"),  # ports of their own
+        (1, "proxy.context.atoms proxy.context.trim proxy.context.digest proxy.context.transcript"),
         (1, "proxy.store.address"),  # where the store lives, which the configuration checks
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
         (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite"),
