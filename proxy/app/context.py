@@ -14,9 +14,8 @@ from proxy.context.view import Context
 from proxy.observability.events import Bus
 from proxy.store.base import BudgetStore
 from proxy.store.memory import MemoryStore
-from proxy.store.memory_summaries import MemorySummaries
-from proxy.store.redis_summaries import RedisSummaries
 from proxy.store.summaries import SummaryStore
+from proxy.store.summaries_memory import MemorySummaries
 from proxy.tokens.count import Counter
 from proxy.types import Target
 
@@ -39,7 +38,7 @@ def context_of(settings: Settings, bus: Bus, budget: Budget, counter: Counter, e
         emit=bus.emit,
         clock=time.monotonic,
         executor=executor,
-        summaries=_summaries(settings, budget.access.store),
+        summaries=_summaries(settings, budget.access.store, counter, executor),
     )
 
 
@@ -50,10 +49,19 @@ def sections(settings: Settings) -> Iterator[ContextSettings]:
         yield merged(settings.context, tenant.context)
 
 
-def _summaries(settings: Settings, store: BudgetStore) -> dict[str, Summaries]:
+def _summaries(settings: Settings, store: BudgetStore, counter: Counter, executor: Executor) -> dict[str, Summaries]:
     """By the model that makes them."""
     models = {one.summary_model for one in sections(settings) if one.trim_strategy == "summary"}
     if not models:
         return {}
-    kept: SummaryStore = MemorySummaries() if isinstance(store, MemoryStore) else RedisSummaries(store)
-    return {model: Summaries(kept, model=model) for model in models if model}
+    kept = _kept(store)
+    return {model: Summaries(kept, counter=counter, model=model, executor=executor) for model in models if model}
+
+
+def _kept(store: BudgetStore) -> SummaryStore:
+    if isinstance(store, MemoryStore):
+        return MemorySummaries()
+    from proxy.store.redis import RedisStore
+
+    assert isinstance(store, RedisStore)
+    return store.summaries()

@@ -143,7 +143,7 @@ class Charge(Tab):
         if self._full is not None and (full := self._full.pop(target, None)) is not None:
             raise full
         plan, self._plan = self._plan, None
-        if plan is None or plan.target != target or self.held.tokens:  # e.g. a summary has taken some of it
+        if plan is None or plan.target != target:
             plan = await self._admission.take(self, target)
         held = self.held
         attempt = self._begin(plan)
@@ -187,6 +187,7 @@ class Charge(Tab):
 
     def child(self, want: Want) -> Charge:
         """As of a tab. It shares the reservation, which its `cover` raises, and is settled with it."""
+        self._plan = None  # The reservation will be another one when the next attempt is covered.
         return Charge(
             self._budget, want, self.policy, self._record, self._targets, self.request_id, parent=self, key=self._key
         )

@@ -21,10 +21,11 @@ import msgspec
 from proxy.context import answers
 from proxy.context.atoms import Atom, Untrimmable, atoms_of
 from proxy.context.base import Complete, Sent, View, Whole
+from proxy.context.digest import NOTE_TOKENS, SummaryFailed, note
 from proxy.context.limits import corrected, limit_of
 from proxy.context.rewrite import MARKER_TOKENS, mask_savings, marker, rewritten
 from proxy.context.settings import ContextSettings
-from proxy.context.summary import SUMMARY_TOKENS, Summaries, SummaryFailed
+from proxy.context.summary import Summaries
 from proxy.context.trim import Cut, trim
 from proxy.errors import ContextExceeded
 from proxy.observability.events import ContextTrimmed, Notice
@@ -246,7 +247,7 @@ class RequestView:
         atoms = atoms_of(dialect, measured.raws)
         savings = mask_savings(measured.raws, atoms, measured.each) if settings.mask_tool_outputs else None
         low = int(limit * settings.trim_to)
-        reserve = SUMMARY_TOKENS + MARKER_TOKENS if settings.trim_strategy == "summary" else MARKER_TOKENS
+        reserve = NOTE_TOKENS if settings.trim_strategy == "summary" else MARKER_TOKENS
         cut = trim(atoms, measured.each, fixed=measured.fixed, high=limit, low=low, reserve=reserve, masks=savings)
         return atoms, cut
 
@@ -293,17 +294,16 @@ class RequestView:
 
     async def _summarised(self, fit: _Fit, cut: Cut) -> tuple[str, str, Sent]:
         """Strategy, reason why not, and what is sent."""
-        summaries = self._context.summaries.get(self._settings.summary_model or "")
-        measured, complete = fit.measured, self.complete
+        model = self._settings.summary_model or ""
+        summaries, measured, complete = self._context.summaries.get(model), fit.measured, self.complete
         if summaries is None or complete is None or measured is None:
             return "oldest", "unavailable", fit.sent
+        raws, each, atoms = measured.raws, measured.each, fit.atoms
         try:
-            found = await summaries.summary(
-                self._tenant.name, self._ask.dialect, measured.raws, fit.atoms, cut, complete
-            )
+            found = await summaries.summary(self._tenant.name, self._ask.dialect, raws, atoms, each, cut, complete)
         except SummaryFailed as error:
             return "oldest", error.reason, fit.sent
-        return "summary", "", self._sent(measured, fit.atoms, cut, found.text)
+        return "summary", "", self._sent(measured, atoms, cut, note(found.text, model, atoms, each, cut))
 
 
 def _total(measured: Measured) -> int:
