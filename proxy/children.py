@@ -1,5 +1,5 @@
-"""Calls to providers that a client's request causes beside its own: of the same tenant, on the same bill, and within the
-same bounds.
+"""Calls to providers that a client's request causes beside its own: for the same tenant, on the same bill, in the same
+bounds.
 
 They go the way of any other call, through routing, budget and failover, but are neither trimmed nor pushed to anybody.
 """
@@ -50,12 +50,14 @@ class Children:
         record = Record(tenant=tenant.name, model=targets[0].label)
         want = want_of(ask)
         want.deadline = bounds.deadline
-        async with charge.child(want) as child:
-            async with self._failover.open(ask, Whole(ask), targets, child, record, bounds) as reply:
-                answer = b""
-                async for event in reply.events:
-                    child.see(event)
-                    answer += event.data
+        async with (
+            charge.child(want) as child,
+            self._failover.open(ask, Whole(ask), targets, child, record, bounds) as reply,
+        ):
+            answer = b""
+            async for event in reply.events:
+                child.see(event)
+                answer += event.data
         if reply.status != 200:
             raise UpstreamUnavailable("A model that was asked on behalf of this request refused.")
         return answer

@@ -15,7 +15,7 @@ LAYOUT = Layout(
     ranks=(
         (0, "proxy.__init__ proxy.types proxy.errors proxy.settings proxy.globs"),  # the words that everything shares
         (0, "proxy.budget.amounts"),  # what the store's port and the arithmetic of windows both speak of
-        (0, "proxy.money proxy.budget.settings"),  # limits and prices are written under providers and tenants too
+        (0, "proxy.money proxy.budget.settings proxy.context.settings"),  # written under providers and tenants too
         (1, "proxy.*.base proxy.*.settings proxy.*.__init__"),  # ports, and what a room can be told
         (1, "proxy.store.registry"),  # another port of the store's
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),

@@ -100,7 +100,7 @@ class Budget:
         afterwards: Later | None = None,
     ) -> Tab:
         """An async context manager. Entering it raises BudgetExceeded, RequestExceedsBudget, ModelPriceUnknown,
-        ContextExceeded and StoreUnavailable; `targets` are in the order in which they are tried, and there is at least one.
+        ContextExceeded and StoreUnavailable; `targets` are in the order in which they are tried, at least one.
 
         `afterwards`: takes the settlement, to be run once the client has its last byte; without it, leaving waits."""
         policy = self.policies.of(tenant, key)

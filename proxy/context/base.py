@@ -7,7 +7,6 @@ from typing import NamedTuple, Protocol
 
 from proxy.types import Ask, Target, TooLong
 
-
 Complete = Callable[[bytes], Awaitable[bytes]]
 """Sends the body of a chat request on behalf of a client's, and gives the body of its answer of 200. Raises
 ProxyError."""

@@ -23,7 +23,7 @@ from proxy.context.atoms import Atom, Untrimmable, atoms_of
 from proxy.context.base import Complete, Sent, View, Whole
 from proxy.context.digest import NOTE_TOKENS, SummaryFailed, note
 from proxy.context.limits import corrected, limit_of
-from proxy.context.rewrite import MARKER_TOKENS, mask_savings, marker, rewritten
+from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, rewritten
 from proxy.context.settings import ContextSettings
 from proxy.context.summary import Summaries
 from proxy.context.trim import Cut, trim

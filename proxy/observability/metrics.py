@@ -95,6 +95,12 @@ class _Families:
     """Every family that events write to, by name."""
 
     def __init__(self) -> None:
+        self._of_requests()
+        self._of_money()
+        self._of_upstreams()
+        self._of_context()
+
+    def _of_requests(self) -> None:
         p = "breakwater_"
         self.requests = Counter(
             f"{p}requests_total",
@@ -113,6 +119,19 @@ class _Families:
         self.connections_refused = Counter(
             f"{p}connections_refused_total", "Refused by the HTTP guard before there was a request.", ("code",)
         )
+        self.duration = Histogram(
+            f"{p}request_duration_seconds", "From request to end of answer.", _PLACE, _REQUEST_SECONDS
+        )
+        self.overhead = Histogram(f"{p}overhead_seconds", "Time added by this process.", _PLACE, _OVERHEAD_SECONDS)
+        self.upstream = Histogram(
+            f"{p}upstream_duration_seconds", "Time spent at the provider.", _PLACE, _REQUEST_SECONDS
+        )
+        self.first_token = Histogram(
+            f"{p}time_to_first_token_seconds", "Streams: until the first forwarded event.", _PLACE, _FIRST_TOKEN_SECONDS
+        )
+
+    def _of_money(self) -> None:
+        p = "breakwater_"
         self.cost = Counter(
             f"{p}cost_usd_total",
             "Dollars that replies cost.",
@@ -130,6 +149,12 @@ class _Families:
         self.store_errors = Counter(
             f"{p}store_errors_total", "Calls that the store of budgets did not answer as it should.", ("op",)
         )
+        self.estimates = Histogram(
+            f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
+        )
+
+    def _of_upstreams(self) -> None:
+        p = "breakwater_"
         self.transitions = Counter(
             f"{p}circuit_transitions_total",
             "Circuits of this process that changed their state, by the new one.",
@@ -141,9 +166,9 @@ class _Families:
             ("provider", "reason"),
         )
         self.failovers = Counter(f"{p}failovers_total", "Requests that went on at another target.", ("from", "to"))
-        self.estimates = Histogram(
-            f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
-        )
+
+    def _of_context(self) -> None:
+        p = "breakwater_"
         self.trims = Counter(
             f"{p}context_trims_total",
             "Requests that were sent without their oldest messages or outputs.",
@@ -155,16 +180,6 @@ class _Families:
             "By how much our count of a prompt differs from its provider's, as a part of that.",
             (),
             _ERRORS,
-        )
-        self.duration = Histogram(
-            f"{p}request_duration_seconds", "From request to end of answer.", _PLACE, _REQUEST_SECONDS
-        )
-        self.overhead = Histogram(f"{p}overhead_seconds", "Time added by this process.", _PLACE, _OVERHEAD_SECONDS)
-        self.upstream = Histogram(
-            f"{p}upstream_duration_seconds", "Time spent at the provider.", _PLACE, _REQUEST_SECONDS
-        )
-        self.first_token = Histogram(
-            f"{p}time_to_first_token_seconds", "Streams: until the first forwarded event.", _PLACE, _FIRST_TOKEN_SECONDS
         )
 
     def counters(self) -> list[Counter]:
