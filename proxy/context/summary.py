@@ -11,7 +11,7 @@ budget that is used up for the moment is the caller's own matter: another one ma
 
 Bounds. All that comes before the summary is there, waiting for others included, takes at most `seconds`. A store that
 is away costs its own time limit, and the work goes on without it. A request needs one summary at a time, so there are
-no more flights than requests; failures are remembered of the latest `REMEMBERED` keys.
+no more flights than requests; failures are remembered of so many keys, the latest ones.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Summaries:
     """Used within one event loop. `counter` counts what comes back.
 
     `model`: the configured model that makes the summaries; `seconds`: how long one may take; `again_seconds`: how long
-    a failure stands; `most_chars`: of a transcript. `clock` is monotonic (seconds). `executor` runs what would hold up
+    a failure stands, of the latest `most_failures`; `most_chars`: of a transcript. `clock` is monotonic (seconds). `executor` runs what would hold up
     the loop (None: the loop's own); its owner closes it.
     """
 
@@ -109,6 +109,7 @@ class Summaries:
         seconds: float = 20.0,
         again_seconds: float = 60.0,
         most_chars: int = TRANSCRIPT_CHARS,
+        most_failures: int = REMEMBERED,
         clock: Callable[[], float] = time.monotonic,
         executor: Executor | None = None,
     ) -> None:
@@ -119,12 +120,18 @@ class Summaries:
         self._seconds = seconds
         self._again_seconds = again_seconds
         self._most_chars = most_chars
+        self._most_failures = most_failures
         self._clock = clock
         self._executor = executor
         self._flights: dict[bytes, asyncio.Future[_Landed]] = {}
         """Summaries that are being made. Whoever makes one always sets the result."""
         self._failed: dict[bytes, tuple[float, Reason]] = {}
         """Until when, and why; the earliest first."""
+
+    @property
+    def under_way(self) -> int:
+        """Summaries that are being made right now."""
+        return len(self._flights)
 
     async def summary(
         self,
@@ -255,7 +262,7 @@ class Summaries:
     def _remember(self, key: bytes, reason: Reason) -> SummaryFailed:
         self._failed.pop(key, None)
         self._failed[key] = (self._clock() + self._again_seconds, reason)
-        if len(self._failed) > REMEMBERED:
+        if len(self._failed) > self._most_failures:
             del self._failed[next(iter(self._failed))]
         return SummaryFailed(reason)
 
