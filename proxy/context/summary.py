@@ -96,8 +96,8 @@ class Summaries:
     """Used within one event loop. `counter` counts what comes back.
 
     `model`: the configured model that makes the summaries; `seconds`: how long one may take; `again_seconds`: how long
-    a failure stands, of the latest `most_failures`; `most_chars`: of a transcript. `clock` is monotonic (seconds). `executor` runs what would hold up
-    the loop (None: the loop's own); its owner closes it.
+    a failure stands, of the latest `most_failures`; `most_chars`: of a transcript. `clock` is monotonic (seconds).
+    `executor` runs what would hold up the loop (None: the loop's own); its owner closes it.
     """
 
     def __init__(

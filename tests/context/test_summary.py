@@ -275,14 +275,15 @@ async def test_everybody_may_leave_and_the_next_begins_anew() -> None:
 
 
 async def test_a_failure_is_that_of_all_who_wait() -> None:
-    summaries, upstream = of(), Upstream(reply("", "length"))
+    store = Odd()
+    summaries, upstream = of(store), Upstream(reply("", "length"))
     upstream.gate = asyncio.Event()
     tasks = [asyncio.create_task(failure(summaries, removal([0]), upstream)) for _ in range(20)]
     await upstream.called.wait()
     await settled()
     upstream.gate.set()
     assert {one.reason for one in await asyncio.gather(*tasks)} == {"cut_off"}
-    assert upstream.calls == 1
+    assert (upstream.calls, store.asked) == (1, 1)  # nobody goes and looks once more
     assert summaries.under_way == 0
 
 
@@ -301,16 +302,17 @@ async def test_whoever_cannot_pay_leaves_it_to_the_next() -> None:
     assert (poor.calls, rich.calls) == (1, 1)
 
 
-async def test_a_fault_of_the_caller_is_its_own() -> None:
+@pytest.mark.parametrize("fault", [ZeroDivisionError, TimeoutError])
+async def test_a_fault_of_the_caller_is_its_own(fault: type[Exception]) -> None:
     summaries = of()
-    faulty, sound = Upstream(ZeroDivisionError()), Upstream()
+    faulty, sound = Upstream(fault()), Upstream()
     faulty.gate = asyncio.Event()
     first = asyncio.create_task(told(summaries, removal([0]), faulty))
     await faulty.called.wait()
     second = asyncio.create_task(told(summaries, removal([0]), sound))
     await settled()
     faulty.gate.set()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(fault):
         await first
     assert (await second).source == "made"
 
@@ -476,8 +478,10 @@ class Odd:
     def __init__(self, *, finds: bool = True, keeps: bool = True, first: str = "") -> None:
         self.kept = MemorySummaries()
         self.finds, self.keeps, self.first = finds, keeps, first
+        self.asked = 0
 
     async def find(self, keys: Any) -> tuple[int, str] | None:
+        self.asked += 1
         if not self.finds:
             raise StoreUnavailable("timeout")
         return await self.kept.find(keys)
