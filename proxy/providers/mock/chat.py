@@ -10,7 +10,7 @@ import orjson
 
 from proxy.providers.mock.admission import admit
 from proxy.providers.mock.ask import Json, Prompt, add_tools, choose, stops, tool_list, whole
-from proxy.providers.mock.compose import Choice, ToolCall, compose
+from proxy.providers.mock.compose import CALL_TOKENS, Choice, ToolCall, compose
 from proxy.providers.mock.draft import SSE, Draft, plain, sse
 from proxy.providers.mock.prefixes import Unit
 from proxy.providers.mock.refusal import invalid
@@ -105,7 +105,7 @@ def _read_messages(prompt: Prompt, count: Count) -> None:
         if role == "user":
             prompt.last_user = text
         elif role == "assistant":
-            size += sum(count(orjson.dumps(call).decode()) for call in message.get("tool_calls") or ())
+            size += sum(_call_tokens(call, count) for call in message.get("tool_calls") or ())
         tokens += size
         prompt.texts.append(text)
         if prompt.prefixes is not None:
@@ -114,6 +114,13 @@ def _read_messages(prompt: Prompt, count: Count) -> None:
         raise _unpaired(len(messages) - 1)
     prompt.answers_tool = messages[-1]["role"] in ("tool", "function")
     prompt.prompt_tokens = tokens
+
+
+def _call_tokens(call: Json, count: Count) -> int:
+    """A call costs in a prompt what it cost as an answer: its ids and braces are not the model's words."""
+    inner = call.get("custom") if call.get("type") == "custom" else call.get("function")
+    given = [inner.get(member) for member in ("name", "arguments", "input")] if isinstance(inner, dict) else []
+    return CALL_TOKENS + sum(count(text) for text in given if isinstance(text, str))
 
 
 def _pair(message: Json, role: str, open_calls: list[Any], i: int) -> list[Any]:

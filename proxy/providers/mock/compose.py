@@ -31,7 +31,7 @@ BENCH: Final = re.compile(r"bench-(\d{1,5})(?:-(\d{1,5}))?")
 _FACT: Final = re.compile(r"The code of [^\s.][^.\n]{0,63} is [^\s.]{1,64}\.")
 _NO_FACTS: Final = "No codes were stated."
 
-_CALL_OVERHEAD: Final = 3
+CALL_TOKENS: Final = 3
 """Tokens around a call's name and arguments."""
 
 
@@ -117,7 +117,7 @@ def _call(tool: dict[str, Any], ident: str, random: Random, count: Count) -> Too
 
 
 def _counted(call: ToolCall, count: Count) -> ToolCall:
-    frame = count(call.name) + _CALL_OVERHEAD
+    frame = count(call.name) + CALL_TOKENS
     call.tokens = [frame + tokens for tokens in running(call.pieces, count)] or [frame]
     return call
 

@@ -250,3 +250,13 @@ def test_stored_responses_are_bounded_by_their_prompts() -> None:
     stored.add({"id": "resp_8"}, [], 69)
     assert stored.get("resp_5")
     assert stored.get("resp_7")
+
+
+def test_a_call_costs_in_a_prompt_what_it_cost_as_an_answer(mock: Mock) -> None:
+    asked = {"model": "m", "messages": [USER], "tools": [TOOL], "tool_choice": "required"}
+    answer = read(post(mock, asked))
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": ""}
+    turn = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    frames = 2 * 3 + COUNT("assistant") + COUNT("tool")
+    assert cached(mock, turn)[1] - cached(mock, [USER])[1] - frames == answer["usage"]["completion_tokens"]
