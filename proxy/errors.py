@@ -12,6 +12,7 @@ The tree::
     ├── RequestTooLarge             413  request_too_large
     ├── Overloaded                  503  overloaded: too many in flight
     ├── RequestExceedsBudget        400  request_exceeds_budget: larger than a whole window, so waiting cannot help
+    ├── ContextExceeded             400  context_length_exceeded: what of the conversation must stay does not fit
     ├── ModelPriceUnknown           400  model_price_unknown: a limit in USD applies, and nobody knows the price
     ├── BudgetExceeded              429  budget_exceeded: a window is full
     │   └── ProviderFull                 that of a provider's account: the target is refused, not the request
@@ -125,6 +126,14 @@ class RequestExceedsBudget(ProxyError):
     status = 400
     type = "invalid_request_error"
     code = "request_exceeds_budget"
+
+
+class ContextExceeded(ProxyError):
+    """Of one target: another may have a larger window. The details hold the figures: limit, pinned, newest."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "context_length_exceeded"
 
 
 class ModelPriceUnknown(ProxyError):

@@ -7,6 +7,7 @@ pushed to `out` inside of it, by one path for streamed and plain replies: a plai
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 from proxy.budget.cut import ending
@@ -15,6 +16,8 @@ from proxy.budget.plan import want_of
 from proxy.budget.records import tags_in
 from proxy.budget.tab import Tab
 from proxy.catalog import Catalog
+from proxy.children import Children
+from proxy.context.view import Context
 from proxy.fault_tolerance.failover import Failover
 from proxy.owners import Claims, Owners
 from proxy.routing import Routing
@@ -37,6 +40,7 @@ class Pipeline:
         routing: Routing,
         failover: Failover,
         catalog: Catalog,
+        context: Context,
         budget: Budget,
         owners: Owners,
         *,
@@ -47,6 +51,8 @@ class Pipeline:
         self.routing = routing
         self.failover = failover
         self.catalog = catalog
+        self.context = context
+        self.children = Children(routing, failover)
         self.budget = budget
         self.owners = owners
         self.tenants_configured = tenants_configured
@@ -78,11 +84,14 @@ class Pipeline:
             out.expect_stream()
         want = want_of(ask, tags_in(call.header(b"x-breakwater-tags")))
         want.deadline = bounds.deadline
+        want.view = view = self.context.view(ask, targets, tenant, want.asked, record)
         hold = self.budget.hold(
             tenant.name, tenant.key, want, targets, record, call.request_id, afterwards=out.afterwards
         )
         async with hold as charge:  # 400, 429, 503
-            opening = self.failover.open(ask, targets, charge, record, bounds)
+            if view.needed:
+                view.complete = partial(self.children.complete, call, tenant, charge, bounds)
+            opening = self.failover.open(ask, view, targets, charge, record, bounds)
             async with opening as reply:  # 429, 503, 504
                 await self._push(reply, charge, out, self.owners.claims(ask, tenant, opening.target, reply))
 

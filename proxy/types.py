@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -91,6 +91,8 @@ class Ask:
     """Embeddings: the client decodes base64 (both official SDKs ask for it unless told otherwise)."""
     replayable: bool = False
     """Sending it twice has no effect beyond its price."""
+    edited: bool = False
+    """`fields` is not what the body of the call says: a body is made of it."""
     objects: Objects | None = None
     """None: it neither names nor makes any."""
 
@@ -160,6 +162,17 @@ class Event(msgspec.Struct, gc=False):
     """Bytes at the end of `data` that are the stream's terminator; 0 while it goes on."""
 
 
+class TooLong(NamedTuple):
+    """What a provider says of a prompt that does not fit into its window. None: it does not say."""
+
+    window: int | None = None
+    """Tokens that its context holds."""
+    asked: int | None = None
+    """Tokens of the request by its own count."""
+    output: int | None = None
+    """What of them is output that was asked for."""
+
+
 class Reply(Protocol):
     """A provider's answer, its head read and its first event at hand. Whoever opened it closes it."""
 
@@ -170,6 +183,10 @@ class Reply(Protocol):
     length: int | None
     """Bytes of the body, where that is known before the first of them is written."""
     upstream_request_id: str
+
+    @property
+    def too_long(self) -> TooLong | None:
+        """Of a refusal: the prompt does not fit into the provider's window. None: something else, or no refusal."""
 
     @property
     def events(self) -> AsyncIterator[Event]: ...
@@ -210,6 +227,11 @@ class Record:
     """Both of the last attempt."""
     elsewhere: float = 0.0
     """Seconds of the attempts before it, and of waiting between them."""
+    counted: int = 0
+    """Tokens of the prompt that was sent last, by our own count; 0: nobody counted it."""
+    context_tokens: str = ""
+    context_trimmed: str = ""
+    """The headers `x-breakwater-context-*`; empty: not sent."""
     warnings: list[str] = field(default_factory=list)
 
 

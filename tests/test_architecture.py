@@ -15,33 +15,39 @@ LAYOUT = Layout(
     ranks=(
         (0, "proxy.__init__ proxy.types proxy.errors proxy.settings proxy.globs"),  # the words that everything shares
         (0, "proxy.budget.amounts"),  # what the store's port and the arithmetic of windows both speak of
-        (0, "proxy.money proxy.budget.settings"),  # limits and prices are written under providers and tenants too
+        (0, "proxy.money proxy.budget.settings proxy.context.settings"),  # written under providers and tenants too
         (1, "proxy.*.base proxy.*.settings proxy.*.__init__"),  # ports, and what a room can be told
         (1, "proxy.store.registry"),  # another port of the store's
         (1, "proxy.transport.sse proxy.transport.answer proxy.observability.events proxy.observability.scrub"),
         (1, "proxy.observability.upstream_events"),
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
-        (1, "proxy.store.ownership"),  # a port of its own
+        (1, "proxy.store.ownership proxy.store.summaries"),  # ports of their own
+        (1, "proxy.context.atoms proxy.context.trim proxy.context.digest proxy.context.transcript"),
         (1, "proxy.store.address"),  # where the store lives, which the configuration checks
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
+        (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite"),
         (1, "proxy.fault_tolerance.backoff proxy.fault_tolerance.evidence proxy.fault_tolerance.breaker"),
         (1, "proxy.fault_tolerance.fleet proxy.fault_tolerance.retry proxy.fault_tolerance.sharing"),
+        (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite proxy.context.limits"),
+        (1, "proxy.context.answers"),
+        (1, "proxy.observability.context_events"),
         (1, "proxy.fault_tolerance.verdict proxy.fault_tolerance.permits"),
-        (2, "proxy.store proxy.budget proxy.fault_tolerance"),
+        (2, "proxy.store proxy.budget proxy.fault_tolerance proxy.context"),
         (
             2,
             "proxy.transport proxy.providers proxy.observability proxy.catalog proxy.owners",
         ),  # shells: they wait and never decide
-        (3, "proxy.pipeline"),
-        (4, "proxy.edge proxy.admin"),
-        (5, "proxy.config proxy.config.settings"),
-        (6, "proxy.app proxy.app.__init__"),  # the only room that names concrete classes
-        (7, "proxy.cli proxy.cli.__init__"),
-        (8, "proxy.__main__"),
+        (3, "proxy.children"),
+        (4, "proxy.pipeline"),
+        (5, "proxy.edge proxy.admin"),
+        (6, "proxy.config proxy.config.settings"),
+        (7, "proxy.app proxy.app.__init__"),  # the only room that names concrete classes
+        (8, "proxy.cli proxy.cli.__init__"),
+        (9, "proxy.__main__"),
     ),
     shared=1,
-    free=("proxy.pipeline", "proxy.app", "proxy.cli", "proxy.__main__"),
+    free=("proxy.pipeline", "proxy.children", "proxy.app", "proxy.cli", "proxy.__main__"),
     late=("proxy.cli", "proxy.app"),  # a command, or the admin application, that most runs never need
     only_in={
         "prometheus_client": "proxy.observability",

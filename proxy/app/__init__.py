@@ -13,6 +13,7 @@ from functools import partial
 from proxy import __version__
 from proxy.app.budgets import budget_of, budgets_shown, gauges_of, measure, readiness_of, used_here
 from proxy.app.circuits import CircuitDesk, circuits_of
+from proxy.app.context import context_of
 from proxy.app.keys import AdministeredKeys, Keys, door_of, follower_of, registry_of
 from proxy.app.ledger import Ledger, ledger_of
 from proxy.app.owners import ownership_of
@@ -100,7 +101,8 @@ def create_app(
     executor = ThreadPoolExecutor(1, thread_name_prefix="tokens")
     providers = {name: provider_of(name, one, scrubber) for name, one in settings.providers.items()}
     routing = routing_of(settings)
-    budget = budget_of(settings, bus, Counter(executor=executor))
+    counter = Counter(executor=executor)
+    budget = budget_of(settings, bus, counter)
     registry = registry_of(budget.access.store)
     door = door_of(settings, complete=registry is None)
     follower = follower_of(registry, settings, door, budget.policies, bus) if registry and settings.tenants else None
@@ -113,6 +115,7 @@ def create_app(
         routing,
         failover_of(settings, providers, circuits, bus),
         Catalog(routing, providers, uncached=_with_callers_key(settings), clock=clock),
+        context_of(settings, bus, budget, counter, executor),
         budget,
         owners,
         tenants_configured=bool(settings.tenants),

@@ -89,8 +89,7 @@ class Admission:
         held, want = charge.held, charge.want
         bound = charge.policy.at(target.provider)
         if bound.enforced:
-            if not want.input_bound:
-                await count(self._counter, want, target)
+            await count(self._counter, want, target)
         elif want.ask.fields and not want.input_bound:
             want.input_tokens = len(want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
         if held.state is None or (held.state == "open" and bound.reserves and not charge.degraded):

@@ -22,7 +22,7 @@ from proxy.budget.plan import Plan, Want
 from proxy.budget.policy import Policy
 from proxy.budget.records import Line, entries_of
 from proxy.budget.tab import Later, Tab
-from proxy.errors import ModelPriceUnknown, ProviderFull, ProxyError, RequestExceedsBudget
+from proxy.errors import ContextExceeded, ModelPriceUnknown, ProviderFull, ProxyError, RequestExceedsBudget
 from proxy.types import Event, Record, Target
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Charge(Tab):
                 if self._full is None:
                     self._full = {}
                 self._full[target] = full
-            except (ModelPriceUnknown, RequestExceedsBudget) as error:
+            except (ModelPriceUnknown, RequestExceedsBudget, ContextExceeded) as error:
                 refused = refused or error  # Another target may have a price, or a lower one.
             else:
                 return
@@ -137,7 +137,7 @@ class Charge(Tab):
 
     async def cover(self, target: Target) -> None:
         """Before each attempt. Raises ProviderFull (try another target), BudgetExceeded, ModelPriceUnknown,
-        RequestExceedsBudget, StoreUnavailable."""
+        RequestExceedsBudget, ContextExceeded, StoreUnavailable."""
         if self._attempt is not None:
             await self._end_attempt(complete=False)
         if self._full is not None and (full := self._full.pop(target, None)) is not None:
@@ -187,6 +187,7 @@ class Charge(Tab):
 
     def child(self, want: Want) -> Charge:
         """As of a tab. It shares the reservation, which its `cover` raises, and is settled with it."""
+        self._plan = None  # The reservation will be another one when the next attempt is covered.
         return Charge(
             self._budget, want, self.policy, self._record, self._targets, self.request_id, parent=self, key=self._key
         )

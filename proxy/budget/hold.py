@@ -61,6 +61,7 @@ class Budget:
         self.counter = counter
         self.wall_ms = wall_ms
         self.waiting = waiting or Waiting()
+        self.prices = planner.book
         self._planner = planner
         self.expectations = planner.expectations
         self.refusals = Refusals(emit, clock)
@@ -98,8 +99,8 @@ class Budget:
         *,
         afterwards: Later | None = None,
     ) -> Tab:
-        """An async context manager. Entering it raises BudgetExceeded, RequestExceedsBudget, ModelPriceUnknown and
-        StoreUnavailable; `targets` are in the order in which they are tried, and there is at least one.
+        """An async context manager. Entering it raises BudgetExceeded, RequestExceedsBudget, ModelPriceUnknown,
+        ContextExceeded and StoreUnavailable; `targets` are in the order in which they are tried, at least one.
 
         `afterwards`: takes the settlement, to be run once the client has its last byte; without it, leaving waits."""
         policy = self.policies.of(tenant, key)

@@ -21,6 +21,7 @@ from proxy.budget.amounts import MAX_AMOUNT, Amounts
 from proxy.budget.estimate import Estimate, Expectations, Exposure, estimate
 from proxy.budget.policy import Bound, Policy, Reach
 from proxy.budget.pricing import PriceBook, Rates, ceiling, cost, dearest_output, usable
+from proxy.context.base import View
 from proxy.money import PER_MILLION
 from proxy.store.base import NOTHING, Scope
 from proxy.types import Ask, Target, Usage
@@ -57,6 +58,8 @@ class Want:
     """The reply is made whether or not anybody waits for it, and its usage is told to whoever asks later, or nobody."""
     deadline: float = math.inf
     """On the loop's clock: nobody waits for room beyond it."""
+    view: View | None = None
+    """What of it each target is sent; None: all."""
 
     @property
     def generates(self) -> bool:
@@ -158,7 +161,7 @@ class Planner:
             generates=want.generates,
         )
         bound = policy.at(target.provider)
-        expected = _amounts(want.input_tokens, found.expected, rates)
+        expected = _amounts(want.input_tokens, _expected(found, want, bound.reach), rates)
         most = _most(want.input_bound if policy.strict else want.input_tokens, found.most, rates)
         judged, ask, cap = expected, expected, None
         if settings.estimate == "max":
@@ -220,6 +223,14 @@ class Planner:
             ):
                 return False
         return True
+
+
+def _expected(found: Estimate, want: Want, reach: Reach) -> int:
+    """Output to expect. A request without a maximum of its own is as large as what a window leaves for it: what fits
+    with its input is never too large for what its reply may become."""
+    if want.asked is not None or reach.tokens is None or found.expected <= want.choices:
+        return found.expected
+    return min(found.expected, max(reach.tokens - want.input_tokens, want.choices))
 
 
 def exceeds(plan: Plan, reach: Reach) -> bool:

@@ -88,7 +88,8 @@ class Bound:
 class Policy:
     """What one caller is held to. `at(provider)` adds the account of a target."""
 
-    __slots__ = ("_accounts", "_bounds", "enforces", "key", "own", "settings", "strict", "tenant")
+    __slots__ = ("_accounts", "_bounds", "enforces", "key", "own", "settings", "strict", "tenant",
+                 "tokens_per_minute")  # fmt: skip
 
     def __init__(
         self, tenant: str, key: str, settings: BudgetSettings, own: tuple[Scope, ...], accounts: Mapping[str, Scope]
@@ -101,6 +102,9 @@ class Policy:
         self.strict = settings.estimate == "max" and settings.on_overrun == "cut" and settings.mode == "enforce"
         """Nothing is ever overspent: every figure is an upper bound, and the upstream is told the maximum."""
         self.enforces = settings.mode == "enforce"
+        held = (one.limits.tokens_per_minute for one in own if one.enforced and one.kind in ("tenant", "key"))
+        self.tokens_per_minute = min((one for one in held if one is not None), default=None)
+        """The smallest that is enforced on the tenant and its key: no prompt can be larger."""
         self._accounts = accounts
         self._bounds: dict[str, Bound] = {}
 

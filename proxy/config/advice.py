@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Final
 from urllib.parse import urlsplit
 
-from proxy.budget.settings import BudgetSettings, LimitSettings
+from proxy.budget.settings import BudgetSettings, LimitSettings, merged
 from proxy.config.problems import Path
 from proxy.config.references import Finding
 from proxy.config.settings import Settings
+from proxy.context.settings import ContextSettings
+from proxy.context.settings import merged as trimmed
 from proxy.globs import matches
 from proxy.providers.settings import OpenAISettings
 
@@ -31,6 +33,7 @@ def warnings(settings: Settings) -> Iterator[Finding]:
             for key, message in _provider(provider):
                 yield ("providers", name, key), message
     yield from _forgotten(settings)
+    yield from _small_minutes(settings)
     names = [model.name for model in settings.models]
     if any("*" in name for name in names):
         return
@@ -56,6 +59,24 @@ def _forgotten(settings: Settings) -> Iterator[Finding]:
             if getattr(section, name) is not None:
                 yield (*path, name), FORGETS
                 break
+
+
+def _small_minutes(settings: Settings) -> Iterator[Finding]:
+    """A conversation may grow to a size that no minute of the budget has room for."""
+    sections: list[tuple[Path, BudgetSettings, ContextSettings]] = [(("context",), settings.budget, settings.context)]
+    for index, tenant in enumerate(settings.tenants):
+        own = merged(settings.budget, tenant.budget), trimmed(settings.context, tenant.context)
+        if tenant.budget or tenant.context:
+            sections.append((("tenants", index, "context" if tenant.context else "budget"), *own))
+    for path, budget, context in sections:
+        minute, most = budget.tokens_per_minute, context.max_tokens
+        if minute is None or most is None or budget.mode != "enforce" or context.mode == "off" or minute >= most:
+            continue
+        key = "tokens_per_minute" if path[-1] == "budget" else "max_tokens"
+        message = (
+            f"no prompt has more than {minute} tokens: budget.tokens_per_minute is smaller than context.max_tokens"
+        )
+        yield (*path, key), message
 
 
 def _provider(provider: OpenAISettings) -> Iterator[tuple[str, str]]:

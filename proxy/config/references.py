@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from proxy.budget.settings import LedgerSettings, SinkSettings
 from proxy.config.problems import Path, did_you_mean, render
+from proxy.context.settings import ContextSettings, merged
 from proxy.edge.settings import AdminSettings, TenantSettings
 from proxy.fault_tolerance.settings import FaultToleranceSettings
+from proxy.globs import matches
 from proxy.providers.settings import OpenAISettings, ProviderSettings
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def findings(
     admin: AdminSettings | None,
     ledger: LedgerSettings | None,
     fault_tolerance: FaultToleranceSettings | None = None,
+    context: ContextSettings | None = None,
     *,
     makes_keys: bool,
 ) -> Iterator[Finding]:
@@ -67,6 +70,24 @@ def findings(
     yield from _unique_files((ledger and ledger.sinks) or ())
     fallback = fault_tolerance and fault_tolerance.fallback_provider
     yield from _unknown(("fault_tolerance", "fallback_provider"), (fallback or "").partition("/")[0], providers)
+    names = [model.name for model in models if model]
+    yield from _summarised(("context",), context, names)
+    for index, tenant in enumerate(tenants):
+        if tenant is not None and tenant.context is not None:
+            section = merged(context or ContextSettings(), tenant.context)
+            yield from _summarised(("tenants", index, "context"), section, names)
+
+
+def _summarised(at: Path, section: ContextSettings | None, names: Sequence[str]) -> Iterator[Finding]:
+    """Whoever wants summaries names the model that makes them."""
+    if section is None or section.trim_strategy != "summary":
+        return
+    model = section.summary_model
+    if model is None:
+        yield (*at, "trim_strategy"), "needs a model that makes the summaries: add the line 'summary_model: NAME'"
+    elif model and not any(matches(name, model) for name in names):
+        message = f"no entry of models answers for '{model}': {did_you_mean(model, dict.fromkeys(names))}"
+        yield (*at, "summary_model"), message
 
 
 def _providers(providers: Mapping[str, ProviderSettings | None], with_tenants: bool) -> Iterator[Finding]:

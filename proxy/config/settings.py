@@ -21,6 +21,7 @@ from proxy.budget.settings import UNWRITTEN, BudgetSettings, Count, LedgerSettin
 from proxy.config.problems import render
 from proxy.config.references import findings
 from proxy.config.shape import TAGS, one_or_list
+from proxy.context.settings import ContextSettings
 from proxy.edge.settings import AdminSettings, ListenSettings, TenantSettings
 from proxy.fault_tolerance.settings import FaultToleranceSettings
 from proxy.observability.settings import ObservabilitySettings
@@ -112,6 +113,8 @@ class Settings(Section):
     """What each tenant may spend. Written, it enforces; unwritten, it observes 40,000 tokens and 2 USD a minute."""
     ledger: LedgerSettings = LedgerSettings()
     """The record of what was spent."""
+    context: ContextSettings = ContextSettings()
+    """How conversations are kept within the window of the model that answers."""
     fault_tolerance: FaultToleranceSettings = FaultToleranceSettings()
     """What happens when a provider fails: retries, the circuit breaker, the fallback."""
     observability: ObservabilitySettings = ObservabilitySettings()
@@ -145,6 +148,7 @@ class Settings(Section):
                 self.admin,
                 self.ledger,
                 self.fault_tolerance,
+                self.context,
                 makes_keys=self.state.get_secret_value() != MEMORY,
             )
         ]

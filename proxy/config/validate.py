@@ -100,6 +100,7 @@ def _between(pieces: Pieces, wrong: list[Problem], binding: Binding) -> list[Pro
         pieces.get("admin"),
         pieces.get("ledger"),
         pieces.get("fault_tolerance"),
+        pieces.get("context"),
         makes_keys=pieces.get("state", MEMORY) != MEMORY,
     )
     return [

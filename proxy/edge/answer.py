@@ -237,6 +237,10 @@ class Answer:
         if record.costs and not self._streaming:
             cost = b"unknown" if record.nano_usd is None else usd_text(record.nano_usd).encode()
             own.append((b"x-breakwater-cost-usd", cost))
+        if record.context_tokens:
+            own.append((b"x-breakwater-context-tokens", record.context_tokens.encode()))
+        if record.context_trimmed:
+            own.append((b"x-breakwater-context-trimmed", record.context_trimmed.encode()))
         if record.degraded:
             own.append((b"x-breakwater-degraded", b"store"))
         if record.warnings:

@@ -259,6 +259,7 @@ class Exchange:
                 usage=record.usage,
                 nano_usd=record.nano_usd,
                 unpriced=record.unpriced,
+                counted=record.counted if record.attempts == 1 else 0,
                 bytes_in=self._bytes_in,
                 bytes_out=answer.bytes_out,
                 attempts=record.attempts,

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
 from proxy.budget.settings import BudgetSettings
+from proxy.context.settings import ContextSettings
 from proxy.settings import DAY_MS, HeaderSecret, Milliseconds, Section
 
 MIN_KEY_CHARS = 16
@@ -141,6 +142,8 @@ class TenantSettings(Section):
     """Globs of further paths, with /v1, that it may use; none by default."""
     budget: BudgetSettings | None = None
     """What it may spend: goes over the section `budget`, key by key; a null lifts a limit."""
+    context: ContextSettings | None = None
+    """How its conversations are kept within a window: goes over the section `context`, key by key."""
 
     @field_validator("name")
     @classmethod

@@ -18,24 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
-from proxy.errors import (
-    InternalError,
-    InvalidRequest,
-    ModelPriceUnknown,
-    ProviderFull,
-    ProxyError,
-    RequestExceedsBudget,
-    UpstreamError,
-)
+from proxy.context.base import View
+from proxy.errors import InternalError, InvalidRequest, ProxyError, UpstreamError
 from proxy.fault_tolerance.backoff import RetryBudget
 from proxy.fault_tolerance.permits import Charge, Guard, Permit
 from proxy.fault_tolerance.retry import OPEN, Bounds, Course, RetryPolicy, Step
 from proxy.fault_tolerance.sharing import Sharing
-from proxy.fault_tolerance.verdict import CREDENTIAL, RATE, TargetRefused, entry, listed, reason_of, verdict
+from proxy.fault_tolerance.verdict import CREDENTIAL, RATE, REFUSALS, TargetRefused, entry, listed, reason_of, verdict
 from proxy.observability.events import Notice
 from proxy.observability.upstream_events import UpstreamFailedOver, UpstreamRetried
 from proxy.providers.base import Provider
-from proxy.types import Ask, Call, Record, Reply, Target
+from proxy.types import Ask, Call, Record, Reply, Target, TooLong
 
 TIMEOUT_HEADER: Final = "x-breakwater-timeout-ms"
 _WHOLE: Final = re.compile(rb"[0-9]{1,10}")
@@ -88,10 +81,12 @@ class Failover:
             seconds = min(seconds, int(wanted) / 1000)
         return Bounds(self.now() + seconds, self._max_calls)
 
-    def open(self, ask: Ask, targets: Sequence[Target], charge: Charge, record: Record, bounds: Bounds) -> Opening:
+    def open(
+        self, ask: Ask, view: View, targets: Sequence[Target], charge: Charge, record: Record, bounds: Bounds
+    ) -> Opening:
         """An async context manager over the reply. Entering it raises ProxyError: the final one, which lists the
-        attempts, or what the budget refuses the request for."""
-        return Opening(self, ask, targets, charge, record, bounds)
+        attempts, or what the budget refuses the request for. `view`: what of `ask` each target gets."""
+        return Opening(self, ask, view, targets, charge, record, bounds)
 
 
 class _Trail:
@@ -111,12 +106,13 @@ class Opening:
     """See `Failover.open`. One task uses it, once."""
 
     __slots__ = ("_ask", "_at", "_bounds", "_charge", "_failover", "_permit", "_record", "_reply", "_targets",
-                 "_trail")  # fmt: skip
+                 "_trail", "_view")  # fmt: skip
 
     def __init__(
         self,
         failover: Failover,
         ask: Ask,
+        view: View,
         targets: Sequence[Target],
         charge: Charge,
         record: Record,
@@ -124,6 +120,7 @@ class Opening:
     ) -> None:
         self._failover = failover
         self._ask = ask
+        self._view = view
         self._targets = targets
         self._charge = charge
         self._record = record
@@ -155,7 +152,7 @@ class Opening:
                         return await self._attempt(target, step)
                     except UpstreamError as error:
                         self._note(target, error)
-                    except (ProviderFull, ModelPriceUnknown, RequestExceedsBudget) as refused:
+                    except REFUSALS as refused:
                         self._note_refused(target, refused)
             step = self._next()
             if step is None:
@@ -208,7 +205,7 @@ class Opening:
                     return await self._attempt(target, Step(self._at))
                 except UpstreamError as error:
                     self._note(target, error)
-                except (ProviderFull, ModelPriceUnknown, RequestExceedsBudget) as refused:
+                except REFUSALS as refused:
                     self._note_refused(target, refused)
         raise self._final()
 
@@ -239,6 +236,7 @@ class Opening:
         assert permit is not None
         shares = len(self._targets) > 1
         begun = False
+        ask = await self._fitted(target, permit) if self._view.needed else self._ask
         try:
             await charge.cover(target)
             if step is None:
@@ -248,13 +246,9 @@ class Opening:
             if shares:
                 failover.sharing.begun(target)
             begun = True
-            self._bounds.calls -= 1
-            record.attempts += 1
-            record.provider, record.upstream_model = target.provider, target.model
-            record.upstream_started = failover.clock()
-            reply = await failover.providers[target.provider].open(
-                self._ask, target.model, output_cap=charge.output_cap, deadline=self._bounds.deadline
-            )
+            reply = await self._send(target, ask)
+            if reply.status >= 400 and (refusal := reply.too_long) is not None:
+                reply = await self._send_less(target, reply, refusal)
         except BaseException as error:  # cancelled as well as failed: the permit is told in every case
             if begun:
                 record.upstream_ended = failover.clock()
@@ -265,14 +259,46 @@ class Opening:
             else:
                 self._ours(permit, error)
             raise
-        record.upstream_ended = failover.clock()
-        record.upstream_status = reply.status
-        record.upstream_request_id = reply.upstream_request_id
-        charge.answered(reply.status)
         if reply.stream and reply.status < 400:  # what is no stream has ended already
             permit.answered()
         self._reply = reply
         return reply
+
+    async def _fitted(self, target: Target, permit: Permit) -> Ask:
+        """What `target` gets. Raises ContextExceeded, which the charge is not told of: it knows of no attempt yet."""
+        try:
+            return await self._view.fit(target)
+        except BaseException:  # cancelled as well as refused: the permit is given back in every case
+            permit.ignored()
+            raise
+
+    async def _send(self, target: Target, ask: Ask) -> Reply:
+        failover, record = self._failover, self._record
+        self._bounds.calls -= 1
+        record.attempts += 1
+        record.provider, record.upstream_model = target.provider, target.model
+        record.upstream_started = failover.clock()
+        reply = await failover.providers[target.provider].open(
+            ask, target.model, output_cap=self._charge.output_cap, deadline=self._bounds.deadline
+        )
+        record.upstream_ended = failover.clock()
+        record.upstream_status = reply.status
+        record.upstream_request_id = reply.upstream_request_id
+        self._charge.answered(reply.status)
+        return reply
+
+    async def _send_less(self, target: Target, reply: Reply, refusal: TooLong) -> Reply:
+        """Once more, shorter, where the provider has found the prompt too long and something can go; else `reply`."""
+        if self._bounds.calls <= 0 or self._bounds.over(self._failover.now()):
+            return reply
+        less = await self._view.refit(target, refusal)
+        if less is None:
+            return reply
+        await reply.aclose()
+        record = self._record
+        await self._charge.cover(target)
+        record.elsewhere += self._failover.clock() - record.upstream_started
+        return await self._send(target, less)
 
     def _failed(self, permit: Permit, error: UpstreamError) -> None:
         """What the deadline of the request cut short is no evidence against anybody."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from proxy.errors import (
+    ContextExceeded,
     ModelPriceUnknown,
     ProviderFull,
     ProxyError,
@@ -29,18 +30,23 @@ from proxy.errors import (
 from proxy.fault_tolerance.retry import Standing
 from proxy.types import Headers, Target
 
-TargetRefused = ProviderFull | ModelPriceUnknown | RequestExceedsBudget
-"""A budget that refuses one target, not the request."""
+TargetRefused = ProviderFull | ModelPriceUnknown | RequestExceedsBudget | ContextExceeded
+"""One target is refused, not the request: by a budget, or because the conversation does not fit there."""
+REFUSALS: Final = (ProviderFull, ModelPriceUnknown, RequestExceedsBudget, ContextExceeded)
 
 RATE: Final = "rate_limited"
 CREDENTIAL: Final = "credential"
 """Why a target rests: what its last answers said."""
-_REFUSED: Final = {ProviderFull: "account_full", ModelPriceUnknown: "price_unknown"}
+_REFUSED: Final = {
+    ProviderFull: "account_full",
+    ModelPriceUnknown: "price_unknown",
+    ContextExceeded: "context_length",
+}
 _NO_REPEAT: Final = (b"x-should-retry", b"false")
 
 
 def reason_of(refused: TargetRefused) -> str:
-    """The word for a target that a budget refused."""
+    """The word for a target that was refused."""
     return _REFUSED.get(type(refused), "exceeds_budget")
 
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import msgspec
 
+from proxy.observability.context_events import ContextTrimmed
 from proxy.observability.upstream_events import (
     CircuitClosed,
     CircuitHalfOpen,
@@ -52,6 +53,8 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     nano_usd: int | None = None
     """What `usage` costs, in nano-dollars; None: nobody knows."""
+    counted: int = 0
+    """Tokens of the prompt by our own count, where it was counted and sent once; else 0."""
     unpriced: bool = False
     """Something was used at a cost that nobody knows, even where `usage` is None: a reply that was passed through."""
     bytes_in: int = 0
@@ -295,6 +298,7 @@ Notice = (
     | CircuitClosed
     | UpstreamRetried
     | UpstreamFailedOver
+    | ContextTrimmed
 )
 """Any event. (The word `Event` belongs to the pieces of a reply.)"""
 

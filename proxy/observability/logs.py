@@ -14,6 +14,7 @@ import msgspec
 
 from proxy.money import usd_text
 from proxy.observability import tracebacks
+from proxy.observability.context_events import ContextTrimmed
 from proxy.observability.events import (
     BudgetRefused,
     ConnectionRefused,
@@ -266,6 +267,12 @@ class FriendlyLog:
                 self._print(_GREEN, "ledger", f"is written again after {event.away:.1f} s: {event.file}")
             case LedgerRestored():
                 self._print(_GREY, "ledger", f"{event.records} records of this month were found in {event.file}")
+            case _:
+                self._of_upstreams(event)
+
+    def _of_upstreams(self, event: Notice) -> None:
+        """What is between here and the models. (A command says itself that it started and stopped.)"""
+        match event:
             case CircuitOpened():
                 text = f"{event.provider}/{event.model} open by {event.scope}: {', '.join(event.why)}"
                 self._print(_RED, "circuit", text)
@@ -277,10 +284,14 @@ class FriendlyLog:
             case UpstreamRetried():
                 text = f"{event.target} again after {event.wait * 1000:.0f} ms: {event.reason}"
                 self._print(_YELLOW, "retry", text)
+            case ContextTrimmed():
+                would = "" if event.mode == "enforce" else "would be "
+                text = (
+                    f"{event.dropped} messages {would}removed: {event.before} -> {event.after} of {event.limit} tokens"
+                )
+                self._print(_GREY, "context", text)
             case UpstreamFailedOver():
                 self._print(_YELLOW, "failover", f"{event.source} -> {event.target}: {event.reason}")
-            case ServerStopped() | ServerStarted():
-                pass  # The command says itself that it started and stopped.
 
     def _print(self, colour: str, mark: str, text: str, more: list[str] | None = None) -> None:
         at = time.strftime("%H:%M:%S", time.localtime(self._now()))

@@ -21,6 +21,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from proxy.money import NANO
+from proxy.observability.context_events import ContextTrimmed
 from proxy.observability.events import ConnectionRefused, Notice, RequestFinished, RequestRefused
 from proxy.observability.series import CONTENT_TYPE, Counter, Gauge, Histogram, Reading, Snapshot
 from proxy.observability.upstream_events import (
@@ -38,6 +39,7 @@ _REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _OVERHEAD_SECONDS: Final = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _FIRST_TOKEN_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _RATIOS: Final = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
+_ERRORS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _PLACE: Final = ("route", "model", "provider")
 _KINDS: Final = ("input", "output", "cache_read", "cache_write", "reasoning")
 
@@ -93,6 +95,12 @@ class _Families:
     """Every family that events write to, by name."""
 
     def __init__(self) -> None:
+        self._of_requests()
+        self._of_money()
+        self._of_upstreams()
+        self._of_context()
+
+    def _of_requests(self) -> None:
         p = "breakwater_"
         self.requests = Counter(
             f"{p}requests_total",
@@ -111,6 +119,19 @@ class _Families:
         self.connections_refused = Counter(
             f"{p}connections_refused_total", "Refused by the HTTP guard before there was a request.", ("code",)
         )
+        self.duration = Histogram(
+            f"{p}request_duration_seconds", "From request to end of answer.", _PLACE, _REQUEST_SECONDS
+        )
+        self.overhead = Histogram(f"{p}overhead_seconds", "Time added by this process.", _PLACE, _OVERHEAD_SECONDS)
+        self.upstream = Histogram(
+            f"{p}upstream_duration_seconds", "Time spent at the provider.", _PLACE, _REQUEST_SECONDS
+        )
+        self.first_token = Histogram(
+            f"{p}time_to_first_token_seconds", "Streams: until the first forwarded event.", _PLACE, _FIRST_TOKEN_SECONDS
+        )
+
+    def _of_money(self) -> None:
+        p = "breakwater_"
         self.cost = Counter(
             f"{p}cost_usd_total",
             "Dollars that replies cost.",
@@ -128,6 +149,12 @@ class _Families:
         self.store_errors = Counter(
             f"{p}store_errors_total", "Calls that the store of budgets did not answer as it should.", ("op",)
         )
+        self.estimates = Histogram(
+            f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
+        )
+
+    def _of_upstreams(self) -> None:
+        p = "breakwater_"
         self.transitions = Counter(
             f"{p}circuit_transitions_total",
             "Circuits of this process that changed their state, by the new one.",
@@ -139,27 +166,38 @@ class _Families:
             ("provider", "reason"),
         )
         self.failovers = Counter(f"{p}failovers_total", "Requests that went on at another target.", ("from", "to"))
-        self.estimates = Histogram(
-            f"{p}estimate_error_ratio", "Tokens that a request took, as a part of those reserved.", (), _RATIOS
+
+    def _of_context(self) -> None:
+        p = "breakwater_"
+        self.trims = Counter(
+            f"{p}context_trims_total",
+            "Requests that were sent without their oldest messages or outputs.",
+            ("strategy",),
         )
-        self.duration = Histogram(
-            f"{p}request_duration_seconds", "From request to end of answer.", _PLACE, _REQUEST_SECONDS
-        )
-        self.overhead = Histogram(f"{p}overhead_seconds", "Time added by this process.", _PLACE, _OVERHEAD_SECONDS)
-        self.upstream = Histogram(
-            f"{p}upstream_duration_seconds", "Time spent at the provider.", _PLACE, _REQUEST_SECONDS
-        )
-        self.first_token = Histogram(
-            f"{p}time_to_first_token_seconds", "Streams: until the first forwarded event.", _PLACE, _FIRST_TOKEN_SECONDS
+        self.trimmed = Counter(f"{p}context_tokens_trimmed_total", "Tokens that were not sent for it.", ())
+        self.counts = Histogram(
+            f"{p}context_estimate_error_ratio",
+            "By how much our count of a prompt differs from its provider's, as a part of that.",
+            (),
+            _ERRORS,
         )
 
     def counters(self) -> list[Counter]:
         requests = [self.requests, self.tokens, self.interruptions, self.disconnects, self.connections_refused]
         upstream = [self.transitions, self.retries, self.failovers]
-        return [*requests, self.cost, self.unpriced, self.refusals, self.store_errors, *upstream]
+        return [
+            *requests,
+            self.cost,
+            self.unpriced,
+            self.refusals,
+            self.store_errors,
+            *upstream,
+            self.trims,
+            self.trimmed,
+        ]
 
     def histograms(self) -> list[Histogram]:
-        return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates]
+        return [self.duration, self.overhead, self.upstream, self.first_token, self.estimates, self.counts]
 
     def size(self) -> int:
         return sum(map(len, self.counters())) + sum(map(len, self.histograms()))
@@ -217,6 +255,7 @@ class Metrics:
             CircuitClosed: partial(self._circuit_moved, "closed"),
             UpstreamRetried: self._retried,
             UpstreamFailedOver: self._failed_over,
+            ContextTrimmed: self._trimmed,
         }
         self._clock = clock
         self._cache_seconds = cache_seconds
@@ -244,6 +283,9 @@ class Metrics:
             bound.first_token.observe(event.time_to_first_token)
         if event.usage is not None:
             bound.count_tokens(event.usage)
+            if event.counted and event.usage.input and not event.usage.estimated:
+                difference = abs(event.counted - event.usage.input)
+                self._families.counts.child().observe(difference / event.usage.input)
             if event.nano_usd is None:
                 bound.unpriced.value += 1
             else:
@@ -273,6 +315,11 @@ class Metrics:
 
     def _failed_over(self, event: UpstreamFailedOver) -> None:
         self._families.failovers.child(event.from_provider, event.to_provider).value += 1
+
+    def _trimmed(self, event: ContextTrimmed) -> None:
+        if event.mode == "enforce":
+            self._families.trims.child(event.strategy).value += 1
+            self._families.trimmed.child().value += event.before - event.after
 
     def budget_refused(self, tenant: str, window: str, mode: str) -> None:
         """A request met a full window. (Not every one has an event of its own.)"""

@@ -185,7 +185,7 @@ class OpenAIProvider:
             headers.append(_ACCEPT_JSON)
         else:
             body, path, method = call.body, call.path[3:].encode(), b"POST"
-            if model != ask.model or asked_usage or output_cap is not None:
+            if model != ask.model or asked_usage or output_cap is not None or ask.edited:
                 cap = None
                 if output_cap is not None and not call.path.endswith("/compact"):  # a compaction knows no maximum
                     cap = (_MAXIMUM[ask.dialect], output_cap)
@@ -271,9 +271,10 @@ class OpenAIProvider:
     def _error_first(self, error: StreamInterrupted, headers: Headers) -> Reply:
         """200 and then an error: nothing was forwarded yet, so it can still be the status answer that it should be."""
         details = error_object(error.event)
-        if meaning_of(details) in ("request", "context_length", "content_policy"):
+        meaning = meaning_of(details)
+        if meaning in ("request", "context_length", "content_policy"):
             body = orjson.dumps({"error": details})
-            return PlainReply(400, _typed(headers, b"application/json"), body)
+            return PlainReply(400, _typed(headers, b"application/json"), body, meaning=meaning)
         raise fault_in("The provider answered with an error event.", details) from error
 
     async def _refusal(self, response: Response, deadline: float) -> Reply:

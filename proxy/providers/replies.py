@@ -9,9 +9,9 @@ from typing import Final
 
 from proxy.errors import UpstreamBroken
 from proxy.providers.headers import first
-from proxy.providers.refusals import Meaning
+from proxy.providers.refusals import Meaning, too_long_in
 from proxy.transport.base import Response
-from proxy.types import Event, Headers, Usage
+from proxy.types import Event, Headers, TooLong, Usage
 
 MAX_BODY_BYTES = 128 * 1024 * 1024
 """Of one plain reply. The largest legitimate one known: 2,048 embeddings of 3,072 floats, 75 MiB as text."""
@@ -117,6 +117,10 @@ class PlainReply:
     def __aiter__(self) -> PlainReply:
         return self
 
+    @property
+    def too_long(self) -> TooLong | None:
+        return too_long_in(self.body) if self.meaning == "context_length" else None
+
     async def __anext__(self) -> Event:
         event, self._event = self._event, None
         if event is None:
@@ -131,6 +135,7 @@ class RawReply:
     """Bytes passed through as they come, of any type and size. Only its framing tells a whole body from a cut one."""
 
     stream = False
+    too_long = None
 
     def __init__(
         self,

@@ -173,6 +173,8 @@ def _joined(held: list[Event]) -> Event:
 class StreamReply:
     """A provider's event stream. `first()` must be awaited once before its events are taken."""
 
+    too_long = None
+
     __slots__ = (
         "_begun",
         "_ended",

@@ -10,7 +10,7 @@ All keys begin with `{bw:<namespace>}`, and so share one slot of a cluster; afte
     outbox              stream of records                                   u:<hour>[:<length>:<tenant>]   roll-ups
     collects            while a cold store is seeded                        o:<digest>                 an object's owner
     keys                hash of the keys made at run time                   processes   sorted set of live processes
-    circuits, circuit-processes   see `redis_circuits`
+    circuits, circuit-processes   see `redis_circuits`                      sum:<digest>               a summary
 
 Names of tenants and keys come after their length, and ids are our own hexadecimal digits: no name, whatever it holds,
 makes the key of another. Answers are one packed string each: a letter, then 64-bit integers, little-endian.
@@ -70,6 +70,7 @@ from proxy.store.redis_circuits import RedisCircuits
 from proxy.store.registry import MAX_KEYS, KeyRegistry
 from proxy.store.registry_redis import RedisRegistry
 from proxy.store.scripts import Scripts
+from proxy.store.summaries_redis import RedisSummaries
 
 _JSON: Final = b"json"
 _encode: Final = msgspec.json.Encoder().encode
@@ -269,6 +270,10 @@ class RedisStore:
     def ownership(self) -> RedisOwnership:
         """Whose the objects are that providers keep, over the same connection."""
         return RedisOwnership(self._link, self._prefix, self._scripts.claim)
+
+    def summaries(self) -> RedisSummaries:
+        """Summaries of what was removed from conversations, over the same connection."""
+        return RedisSummaries(self._link, self._prefix)
 
     async def aclose(self) -> None:
         await self._link.aclose()

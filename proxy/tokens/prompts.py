@@ -3,45 +3,32 @@
 A prompt falls into units, each the client's own bytes: a message, an item, a list of tools. A unit's count depends
 on its bytes alone, so it can be remembered by their hash.
 
-The rules of chat: 3 tokens a message, its role, its texts, 1 more for a `name`; 3 for a tool call beside its name and
-arguments; 3 for the reply's opening. Items of the Responses API follow the same rules. Parts without text (images,
-audio, files) count as 0. What a provider keeps (`previous_response_id`, stored prompts) cannot be seen from here.
+What of a unit is counted, stands in `walks`. Beside the units there is the reply's opening: 3 tokens. What a provider
+keeps (`previous_response_id`, stored prompts) cannot be seen from here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from proxy.tokens import tools
+from proxy.tokens.walks import BARE, CHOICE, FORMAT, FUNCTIONS, PROMPT, TOOLS, Raw
 from proxy.types import Dialect
 
-MESSAGE_TOKENS: Final = 3
-NAME_TOKENS: Final = 1
-CALL_TOKENS: Final = 3
 REPLY_TOKENS: Final = 3
-ROLE_TOKENS: Final = 1
-"""Of the role of a message that was written as a bare string; every usual role is one token."""
 SYSTEM_WITH_TOOLS: Final = -4
 """A system message and the list of tools share their frame."""
-CHOICE_NONE: Final = 1
-CHOICE_NAMED: Final = 4
+MANY: Final = 65_536
+"""Of more messages than this, an even selection is counted and scaled up."""
 
-MANY: Final = 16_384
-"""Of more messages than about this many, an even selection is counted and scaled up."""
-
+_NO_SCHEMA: Final = len('{"type":"json_object"}')
 PART_BYTES: Final = 1_048_576
 _BETWEEN: Final = re.compile(rb"\}\s*,\s*\{")
 
-Raw = bytes | msgspec.Raw
-Found = tuple[int, list[str]]
-"""Tokens that are no text, and the texts."""
-
-_decode = msgspec.json.decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -52,24 +39,28 @@ class Prompt:
 
     fixed: int = 0
     units: list[tuple[bytes, Raw]] = field(default_factory=list)
-    """(kind, bytes); the kind is one byte, a key of `WALKS`."""
-    messages: Sequence[Raw] = ()
-    """Units of kind MESSAGE, or an even selection of them."""
-    of: int = 0
-    """How many messages there are."""
+    """(kind, bytes); the kind is a constant of `walks`."""
+    messages: list[msgspec.Raw] = field(default_factory=list)
+    """Units of kind MESSAGE: the elements of the list that holds the conversation."""
+    size: int = 0
+    """Bytes of that list."""
 
+    @property
+    def many(self) -> bool:
+        """There are too many messages to count each."""
+        return len(self.messages) > MANY
 
-MESSAGE: Final = b"m"
-PROMPT: Final = b"p"
-TOOLS: Final = b"t"
-FUNCTIONS: Final = b"f"
-CHOICE: Final = b"c"
+    @property
+    def selected(self) -> Sequence[msgspec.Raw]:
+        """All messages, or an even selection of at most `MANY`."""
+        return self.messages[:: -(-len(self.messages) // MANY)] if self.many else self.messages
+
 
 _MEMBERS: Final[dict[Dialect, tuple[str, ...]]] = {
-    "chat": ("messages", "tools", "functions", "tool_choice"),
+    "chat": ("messages", "tools", "functions", "tool_choice", "response_format"),
     "completions": ("prompt", "suffix"),
     "embeddings": ("input",),
-    "responses": ("input", "instructions", "tools", "tool_choice"),
+    "responses": ("input", "instructions", "tools", "tool_choice", "text"),
 }
 
 
@@ -85,12 +76,14 @@ def take_apart(dialect: Dialect, fields: Mapping[str, Raw]) -> Prompt:
         prompt.fixed = REPLY_TOKENS
         _messages(prompt, fields.get("messages"))
         _tools(prompt, fields)
+        _format(prompt, fields.get("response_format"))
     elif dialect == "responses":
         prompt.fixed = REPLY_TOKENS
         if "instructions" in fields:
-            prompt.units.append((MESSAGE, fields["instructions"]))
+            prompt.units.append((BARE, fields["instructions"]))
         _messages(prompt, fields.get("input"))
         _tools(prompt, fields)
+        _format(prompt, fields.get("text"))
     else:
         prompt.units += [(PROMPT, fields[name]) for name in _MEMBERS.get(dialect, ()) if name in fields]
     return prompt
@@ -100,13 +93,16 @@ def _messages(prompt: Prompt, raw: Raw | None) -> None:
     if raw is None:
         return
     try:
-        every = split(raw)
+        prompt.messages = split(raw)
     except _NOT_JSON:
-        prompt.units.append((MESSAGE, raw))  # a bare string, or what is no list
-        return
-    step = -(-len(every) // MANY)
-    prompt.of = len(every)
-    prompt.messages = every if step <= 1 else every[::step]
+        prompt.units.append((BARE, raw))
+    else:
+        prompt.size = len(raw)
+
+
+def _format(prompt: Prompt, raw: Raw | None) -> None:
+    if raw is not None and len(raw) > _NO_SCHEMA:
+        prompt.units.append((FORMAT, raw))
 
 
 def split(raw: Raw) -> list[msgspec.Raw]:
@@ -147,106 +143,3 @@ def _tools(prompt: Prompt, fields: Mapping[str, Raw]) -> None:
         prompt.units.append((CHOICE, fields["tool_choice"]))
     if prompt.messages and b'"system"' in bytes(memoryview(prompt.messages[0])[:64]):
         prompt.fixed += SYSTEM_WITH_TOOLS
-
-
-def texts(kind: bytes, raw: Raw) -> Found:
-    """What is to be counted of one unit. Bytes that are not JSON after all count as plain text."""
-    try:
-        value = _decode(raw)
-    except _NOT_JSON:
-        return 0, [bytes(raw).decode("utf-8", "replace")]
-    return WALKS[kind](value)
-
-
-def message(value: Any) -> Found:
-    """A chat message or an item of the Responses API, decoded. A bare string is a message of one text."""
-    found: list[str] = []
-    if not isinstance(value, dict):
-        _add(value, found)
-        return MESSAGE_TOKENS + ROLE_TOKENS if found else 0, found
-    get = value.get
-    extra = MESSAGE_TOKENS
-    for member in _TEXT_MEMBERS:
-        content = get(member)
-        if content is not None:
-            _add(content, found)
-    name = get("name")
-    if isinstance(name, str) and name:
-        extra += NAME_TOKENS
-        found.append(name)
-    calls = get("tool_calls")
-    if isinstance(calls, list):
-        for call in calls:
-            if isinstance(call, dict):
-                extra += _call(call.get("function"), found) + _call(call.get("custom"), found)
-    return extra + _call(get("function_call"), found), found
-
-
-_TEXT_MEMBERS: Final = (
-    "role",
-    "content",
-    "refusal",
-    "reasoning_content",  # replayed reasoning: some providers read it, the others leave it out of the bill
-    "arguments",
-    "input",
-    "output",
-    "summary",
-)
-
-
-def _add(content: Any, found: list[str]) -> None:
-    if isinstance(content, str):
-        found.append(content)
-    elif isinstance(content, list):
-        for part in content:
-            if isinstance(part, str):
-                found.append(part)
-            elif isinstance(part, dict):
-                found += [text for text in (part.get("text"), part.get("refusal")) if isinstance(text, str)]
-
-
-def _call(call: Any, found: list[str]) -> int:
-    if not isinstance(call, dict):
-        return 0
-    found += [text for text in (call.get("name"), call.get("arguments"), call.get("input")) if isinstance(text, str)]
-    return CALL_TOKENS
-
-
-def _prompt(value: Any) -> Found:
-    found: list[str] = []
-    ids = 0
-    for entry in value if isinstance(value, list) else (value,):
-        if isinstance(entry, str):
-            found.append(entry)
-        elif isinstance(entry, int):
-            ids += 1
-        elif isinstance(entry, list):
-            ids += sum(isinstance(item, int) for item in entry)
-    return ids, found
-
-
-def _definitions(functions: list[dict[str, Any]]) -> Found:
-    return (tools.FRAME_TOKENS, [tools.render(functions)]) if functions else (0, [])
-
-
-def _functions(value: Any) -> Found:
-    return _definitions([entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else [])
-
-
-def _choice(value: Any) -> Found:
-    if value == "none":
-        return CHOICE_NONE, []
-    if not isinstance(value, dict):
-        return 0, []
-    nested = value.get(kind) if isinstance(kind := value.get("type"), str) else None
-    name = (nested if isinstance(nested, dict) else value).get("name")
-    return (CHOICE_NAMED, [name]) if isinstance(name, str) else (0, [])
-
-
-WALKS: Final[dict[bytes, Callable[[Any], Found]]] = {
-    MESSAGE: message,
-    PROMPT: _prompt,
-    TOOLS: lambda value: _definitions(tools.functions_of(value)),
-    FUNCTIONS: _functions,
-    CHOICE: _choice,
-}

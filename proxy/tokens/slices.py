@@ -8,7 +8,8 @@ without such a place is cut inside a piece, and then the sum differs from the co
 `CUT_ERROR` tokens per cut (in 46,000 random texts it was never more than 3).
 
 What a cap costs: of a text longer than `EXACT_CHARS`, evenly spread slices are counted and scaled up. When many
-texts together exceed it, the rest is taken at the ratio of tokens to characters found so far.
+texts together exceed it, the rest is taken at the ratio of tokens to characters found so far. Neither makes more tokens
+of a text than it has bytes in UTF-8, as no exact count does.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Tally:
         if size > self._left and self._chars:
             self.guesses += 1
             guess, self._rest = divmod(size * self._tokens + self._rest, self._chars)
-            return guess
+            return min(guess, _bytes_of(text))
         if size <= SLICE_CHARS:
             return self._slice(text)
         return sum(self._slice(part) for part in slices(text))
@@ -92,7 +93,7 @@ class Tally:
         for number in range(SAMPLE_SLICES):
             start = room * number // (SAMPLE_SLICES - 1)
             counted += self._slice(text[start : start + SLICE_CHARS])
-        return -(-counted * len(text) // (SAMPLE_SLICES * SLICE_CHARS))
+        return min(-(-counted * len(text) // (SAMPLE_SLICES * SLICE_CHARS)), _bytes_of(text))
 
     def _slice(self, text: str) -> int:
         if self._stop is not None and self._stop.is_set():
@@ -104,3 +105,7 @@ class Tally:
         self._chars += size
         self._tokens += tokens
         return tokens
+
+
+def _bytes_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))

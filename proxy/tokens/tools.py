@@ -31,7 +31,8 @@ _NAMES: Final = {
 def functions_of(tools: object) -> list[dict[str, Any]]:
     """The function definitions in a `tools` member, in the form of either API: nested under `function` or flat.
 
-    Custom tools count as functions of one text. Hosted tools are left out: nobody but the provider knows their text.
+    Custom tools count as functions of one text. Hosted tools are left out, because nobody but the provider knows their
+    text, and so is what has no name, which no provider takes.
     """
     found = []
     for tool in tools if isinstance(tools, list) else ():
@@ -41,7 +42,12 @@ def functions_of(tools: object) -> list[dict[str, Any]]:
         if kind in ("function", "custom"):
             nested = tool.get(kind)
             found.append(nested if isinstance(nested, dict) else tool)
-    return found
+    return named(found)
+
+
+def named(functions: Iterable[object]) -> list[dict[str, Any]]:
+    """The definitions among some values."""
+    return [entry for entry in functions if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
 
 
 def render(functions: Iterable[dict[str, Any]]) -> str:
@@ -91,7 +97,9 @@ def _type(schema: object, indent: int, depth: int) -> str:
         return _literal(schema["const"])
     kind = schema.get("type")
     if isinstance(kind, list) and kind:
-        return " | ".join(_named(name, schema, indent, depth) for name in kind)
+        # Each name once: a thousand times "object" would write the properties a thousand times, at every depth.
+        names = dict.fromkeys(name if isinstance(name, str) else "any" for name in kind)
+        return " | ".join(_named(name, schema, indent, depth) for name in names)
     return _named(kind, schema, indent, depth)
 
 

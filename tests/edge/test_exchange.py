@@ -13,6 +13,7 @@ import pytest
 
 from proxy.observability.events import InternalFault, RequestFinished
 from proxy.tokens.count import Counter
+from proxy.tokens.recall import Measured
 from proxy.tokens.vocabularies import VocabularyError
 from tests.e2e.scene import END, SSE, Client, Scene, chunk, piece_of, plain, scene
 from tests.e2e.stack import stack
@@ -101,7 +102,7 @@ async def test_a_stream_ends_before_it_is_counted(script: object, last: bytes) -
 class Damaged(Counter):
     """As on an installation whose rank files are damaged."""
 
-    async def count_prompt(self, *args: object) -> int:
+    async def measure(self, *args: object) -> Measured:
         raise VocabularyError("damaged")
 
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.tokens import prompts, tools
+from proxy.tokens import prompts, tools, walks
 from proxy.types import Dialect
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 
 def found(value: Any) -> tuple[int, list[str]]:
-    return prompts.texts(prompts.MESSAGE, json.dumps(value).encode())
+    return walks.texts(walks.MESSAGE, json.dumps(value).encode())
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def found(value: Any) -> tuple[int, list[str]]:
         ({"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}, 4, ["{}", "f"]),
         ({"type": "function_call_output", "call_id": "c", "output": "42"}, 3, ["42"]),
         ({"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}, 3, ["hm"]),
-        ("bare", 4, ["bare"]),
+        ("bare", 3, ["bare"]),
         # odd ones
         ({}, 3, []),
         ({"role": 7, "content": {"text": "x"}, "name": "", "tool_calls": {"a": 1}}, 3, []),
@@ -81,7 +81,7 @@ def take(dialect: Dialect, **members: Any) -> prompts.Prompt:
 
 
 def units(prompt: prompts.Prompt) -> list[tuple[int, list[str]]]:
-    return [prompts.texts(kind, raw) for kind, raw in prompt.units]
+    return [walks.texts(kind, raw) for kind, raw in prompt.units]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_other_dialects(dialect: Dialect, members: dict[str, Any], expected: lis
 
 def test_chat_has_one_unit_a_message_and_the_replys_opening() -> None:
     prompt = take("chat", messages=[{"role": "user", "content": "a"}, "b"], model="m")
-    assert [prompts.texts(prompts.MESSAGE, raw) for raw in prompt.messages] == [(3, ["user", "a"]), (4, ["b"])]
-    assert (prompt.fixed, prompt.of, prompt.units) == (3, 2, [])
+    assert [walks.texts(walks.MESSAGE, raw) for raw in prompt.messages] == [(3, ["user", "a"]), (3, ["b"])]
+    assert (prompt.fixed, len(prompt.messages), prompt.many, prompt.units) == (3, 2, False, [])
 
 
 def test_tools_of_both_apis_render_the_same() -> None:
@@ -179,12 +179,39 @@ def test_a_schema_as_a_type(schema: Any, rendered: str) -> None:
     assert text.splitlines()[2:-2] == ["type f = (_: {", *f"p?: {rendered},".splitlines(), "}) => any;"]
 
 
+SCHEMA = '{"type": "object",  "properties": {"a": {"enum": [1e15]}}}'
+
+
+@pytest.mark.parametrize(
+    ("dialect", "member", "raw", "expected"),
+    [
+        ("chat", "response_format", '{"type":"json_schema","json_schema":{"name":"n","schema":%s}}', ["n"]),
+        ("responses", "text", '{"format":{"type":"json_schema","name":"n","description":"d","schema":%s}}', ["n", "d"]),
+        ("chat", "response_format", '{"type":"json_schema","json_schema":{"name":7,"schema":%s}}', []),
+    ],
+)
+def test_the_schema_of_a_reply_counts_as_it_was_written(
+    dialect: Dialect, member: str, raw: str, expected: list[str]
+) -> None:
+    prompt = prompts.take_apart(dialect, {member: msgspec.Raw((raw % SCHEMA).encode())})
+    assert units(prompt) == [(walks.FORMAT_TOKENS, [*expected, SCHEMA])]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, {"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": 7, "more": "of the same"}],
+)
+def test_a_reply_without_a_schema_counts_nothing_for_it(value: Any) -> None:
+    assert all(found == (0, []) for found in units(take("chat", response_format=value)))
+
+
 def test_odd_tools_are_left_out_and_custom_ones_show_their_grammar() -> None:
     grammar = {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: WORD"}}
     custom = {"type": "custom", "custom": {"name": "g", "description": "G.", "format": grammar}}
-    functions = tools.functions_of([None, 1, "x", {"type": "web_search"}, custom, {"type": "function", "function": 3}])
+    odd = [None, 1, "x", {"type": "web_search"}, {"type": "function", "function": 3}, {}, {"name": None}]
+    functions = tools.functions_of([*odd, custom])
     assert "// G.\ntype g = () => any;\nstart: WORD" in tools.render(functions)
-    assert len(functions) == 2
+    assert len(functions) == 1
     assert tools.functions_of({"a": 1}) == []
 
 
@@ -193,6 +220,16 @@ def test_a_schema_as_deep_as_json_allows_renders() -> None:
     for _ in range(300):
         schema = {"type": "object", "properties": {"p": schema}, "anyOf": [schema, "odd"]}
     assert "any" in tools.render([{"name": "f", "parameters": schema}])
+
+
+def test_a_type_named_again_and_again_is_rendered_once() -> None:
+    """Sixteen levels of a hundred each would be rendered a hundred to the sixteenth times."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(20):
+        schema = {"type": ["object"] * 100 + [7, "array"] * 100, "properties": {"p": schema}, "items": {"type": "null"}}
+    text = tools.render([{"name": "f", "parameters": schema}])
+    assert text.count("null[]") == 16
+    assert len(text) < 3_000
 
 
 MESSAGE_NAMES = [
@@ -218,9 +255,9 @@ JSON = st.recursive(
 
 
 @settings(RELAXED)
-@given(JSON, st.sampled_from(sorted(prompts.WALKS)))
+@given(JSON, st.sampled_from(sorted(walks.WALKS)))
 def test_any_json_is_survived(value: Any, kind: bytes) -> None:
-    extra, texts = prompts.texts(kind, json.dumps(value).encode())
+    extra, texts = walks.texts(kind, json.dumps(value).encode())
     assert extra >= 0
     assert all(isinstance(text, str) for text in texts)
 
@@ -230,12 +267,12 @@ def test_any_json_is_survived(value: Any, kind: bytes) -> None:
 def test_any_body_is_taken_apart(members: dict[str, Any]) -> None:
     for dialect in ("chat", "completions", "embeddings", "responses", "models", "passthrough"):
         prompt = take(dialect, **members)  # type: ignore[arg-type]
-        assert len(prompt.messages) <= prompt.of
+        assert len(prompt.selected) == len(prompt.messages)
 
 
 @pytest.mark.parametrize("raw", [b'{"content":"\\ud800"}', b"[" * 100_000, b'{"a":' + b"9" * 5000 + b"}", b"\xff", b""])
 def test_what_will_not_decode_is_plain_text(raw: bytes) -> None:
-    extra, (text,) = prompts.texts(prompts.MESSAGE, raw)
+    extra, (text,) = walks.texts(walks.MESSAGE, raw)
     assert extra == 0
     assert len(text) == len(raw)
 
@@ -267,8 +304,17 @@ def test_a_long_array_that_is_broken_is_refused(tail: str) -> None:
 
 
 def test_of_very_many_messages_an_even_selection_is_taken() -> None:
-    prompt = take("chat", messages=[{"role": "user", "content": str(number)} for number in range(50_000)])
-    assert prompt.of == 50_000
-    assert prompts.MANY // 2 < len(prompt.messages) <= prompts.MANY
-    numbers = [int(msgspec.json.decode(raw)["content"]) for raw in prompt.messages]
+    prompt = take("chat", messages=[{"role": "user", "content": str(number)} for number in range(200_000)])
+    assert prompt.many
+    assert len(prompt.messages) == 200_000
+    assert prompts.MANY // 2 < len(prompt.selected) <= prompts.MANY
+    numbers = [int(msgspec.json.decode(raw)["content"]) for raw in prompt.selected]
     assert {b - a for a, b in itertools.pairwise(numbers)} == {4}
+
+
+@pytest.mark.parametrize("count", [0, 1, prompts.MANY])
+def test_as_many_messages_as_can_be_counted_are_all_selected(count: int) -> None:
+    prompt = take("chat", messages=[1] * count)
+    assert not prompt.many
+    assert prompt.selected is prompt.messages
+    assert len(prompt.messages) == count

@@ -1,0 +1,51 @@
+"""How many tokens of a prompt one target gets. Pure.
+
+    limit = min(context.max_tokens, window - output - margin, tokens_per_minute - output)
+
+`output` is the request's own maximum. One that leaves no room at all is wrong by itself, and the provider says so: it
+is left out. What nobody knows is no limit.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from proxy.types import TooLong
+
+MARGIN_PERCENT: Final = 1
+"""Of the window: counts are ours, and the provider's differ a little."""
+_AGAIN_PERCENT: Final = 98
+"""Of what a provider has room for by its own figures."""
+_BLIND_PERCENT: Final = 90
+"""Of what was refused, where it gives no figures."""
+
+
+def limit_of(max_tokens: int | None, window: int | None, tokens_per_minute: int | None, output: int) -> int | None:
+    """Tokens of the prompt; None: no limit. `tokens_per_minute`: the smallest that is enforced on the caller."""
+    found = [] if max_tokens is None else [max_tokens]
+    if window is not None:
+        found.append(_less(window - margin(window), output))
+    if tokens_per_minute is not None:
+        found.append(_less(tokens_per_minute, output))
+    return min(found, default=None)
+
+
+def margin(window: int) -> int:
+    return -(-window * MARGIN_PERCENT // 100)
+
+
+def _less(room: int, output: int) -> int:
+    return max(room - output if output < room else room, 1)
+
+
+def corrected(sent: int, refusal: TooLong, output: int) -> int:
+    """The limit for a second try, in our own count: `sent` tokens of ours were too many. Below `sent`."""
+    window, asked = refusal.window, refusal.asked
+    if window is None:
+        found = sent * _BLIND_PERCENT // 100
+    else:
+        room = _less(window, output)
+        theirs = sent if asked is None else max(asked - (refusal.output or 0), 1)
+        # Their figure for what we counted as `sent`: what they have room for is as much less in our count.
+        found = sent * room * _AGAIN_PERCENT // (max(theirs, room + 1) * 100)
+    return max(min(found, sent - 1), 1)
