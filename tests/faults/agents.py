@@ -134,20 +134,21 @@ def sizes(session: Session) -> list[int]:
 
 async def run(
     port: int,
-    tenant: str,
-    model: str,
+    name: str,
     session: Session,
+    tokens: Sequence[int],
     prompts: Sequence[list[Prompt]],
     between: Callable[[int], object] = lambda turn: None,
 ) -> list[Turn]:
-    """Sends the session turn by turn. `prompts`: where its prompts turn up; `between` is called before each turn."""
+    """Sends the session turn by turn, as the tenant `name` to the model `name`. `tokens`: of the session, by `sizes`;
+    `prompts`: where its prompts turn up; `between` is called before each turn."""
     client = Client(*await asyncio.open_connection("127.0.0.1", port))
     turns: list[Turn] = []
     try:
-        for number, (body, sent) in enumerate(zip(session.bodies(model), sizes(session), strict=True)):
+        for number, (body, sent) in enumerate(zip(session.bodies(name), tokens, strict=True)):
             between(number)
             seen = [len(each) for each in prompts]
-            client.send(_request(port, key_of(tenant), body))
+            client.send(_request(port, key_of(name), body))
             status, headers, answer = await client.answer()
             assert status == 200, (number, answer[:1000])
             assert json.loads(answer)["object"] == "chat.completion"
