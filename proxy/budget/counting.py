@@ -20,7 +20,7 @@ async def count(counter: Counter, want: Want, target: Target) -> None:
     if want.view is not None and want.view.needed:
         sent = await want.view.size(target)
         if sent.tokens:
-            want.input_tokens, want.input_bound = sent.tokens, sent.most + FRAME_TOKENS
+            want.input_tokens, want.input_bound = sent.tokens, sent.most
             return
         ask = sent.ask
     elif want.input_bound:

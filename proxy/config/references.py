@@ -70,7 +70,7 @@ def findings(
     yield from _unique_files((ledger and ledger.sinks) or ())
     fallback = fault_tolerance and fault_tolerance.fallback_provider
     yield from _unknown(("fault_tolerance", "fallback_provider"), (fallback or "").partition("/")[0], providers)
-    names = [model.name for model in models if model]
+    names = [model.name for model in models if model] or ["*"]  # unwritten, every name is answered
     yield from _summarised(("context",), context, names)
     for index, tenant in enumerate(tenants):
         if tenant is not None and tenant.context is not None:

@@ -28,10 +28,12 @@ from proxy.context.settings import ContextSettings
 from proxy.context.summary import Summaries
 from proxy.context.trim import Cut, trim
 from proxy.errors import ContextExceeded
-from proxy.observability.events import ContextTrimmed, Notice
-from proxy.tokens.bound import most_of
-from proxy.tokens.count import Counter, Measured
+from proxy.observability.context_events import ContextTrimmed
+from proxy.observability.events import Notice
+from proxy.tokens.bound import most_of, most_with
+from proxy.tokens.count import Counter
 from proxy.tokens.encodings import encoding_of
+from proxy.tokens.recall import Measured
 from proxy.types import Ask, Record, Target, Tenant, TooLong
 
 _INLINE_BYTES: Final = 1_048_576
@@ -156,9 +158,11 @@ class RequestView:
         if elsewhere:
             record.context_trimmed = answers.untrimmed_header(elsewhere)
             return
-        least, most = min(known), most_of(ask.dialect, ask.fields)
-        self.needed = most is None or most > least
-        if most is not None and not self.needed:
+        least = min(known)
+        most = most_of(ask.dialect, ask.fields, least)
+        if most is None:
+            self.needed = True
+        else:
             record.context_tokens = answers.tokens_header(most, least, "bound")
 
     def _limit(self, target: Target) -> int | None:
@@ -195,7 +199,7 @@ class RequestView:
         measured = await self._measure(target)
         sent = before.cut.after if before is not None and before.cut is not None else _total(measured)
         fit = await self._make(target, corrected(sent, refusal, self._output))
-        if fit.cut is None or fit.refused is not None:
+        if fit.cut is None or fit.refused is not None or fit.cut.after >= sent:
             return None
         self._fits[target] = fit
         return await self._told(target, fit)
@@ -214,12 +218,12 @@ class RequestView:
 
     async def _make(self, target: Target, limit: int | None) -> _Fit:
         ask = self._ask
-        most = most_of(ask.dialect, ask.fields)
-        if limit is None or (most is not None and most <= limit):
+        most = None if limit is None else most_of(ask.dialect, ask.fields, limit)
+        if limit is None or most is not None:
             return _Fit(Sent(ask, 0, most or 0), limit)
         measured = await self._measure(target)
         total = _total(measured)
-        whole = Sent(ask, total, max(total, most or 0))
+        whole = Sent(ask, measured.total, max(most_with(ask.dialect, ask.fields, measured.media), measured.total))
         if total <= limit:
             return _Fit(whole, limit, measured)
         try:
@@ -241,14 +245,14 @@ class RequestView:
 
     def _cut(self, measured: Measured, limit: int) -> tuple[Sequence[Atom], Cut]:
         """Raises Untrimmable."""
-        dialect, settings = self._ask.dialect, self._settings
-        if dialect not in answers.ARRAYS or not measured.raws:
+        dialect, settings, raws, each = self._ask.dialect, self._settings, measured.raws, measured.each
+        if (dialect != "chat" and dialect != "responses") or not raws:
             raise Untrimmable("one_text" if measured.exact else "too_many_messages")
-        atoms = atoms_of(dialect, measured.raws)
-        savings = mask_savings(measured.raws, atoms, measured.each) if settings.mask_tool_outputs else None
+        atoms = atoms_of(dialect, raws)
+        savings = mask_savings(dialect, raws, atoms, each) if settings.mask_tool_outputs else None
         low = int(limit * settings.trim_to)
         reserve = NOTE_TOKENS if settings.trim_strategy == "summary" else MARKER_TOKENS
-        cut = trim(atoms, measured.each, fixed=measured.fixed, high=limit, low=low, reserve=reserve, masks=savings)
+        cut = trim(atoms, each, fixed=measured.fixed, high=limit, low=low, reserve=reserve, masks=savings)
         return atoms, cut
 
     def _refusal(self, error: ContextExceeded) -> ContextExceeded | None:
@@ -256,18 +260,20 @@ class RequestView:
         return error if settings.mode == "enforce" and settings.preflight_check else None
 
     def _sent(self, measured: Measured, atoms: Sequence[Atom], cut: Cut, note: str | None) -> Sent:
-        ask = self._ask
-        array = rewritten(ask.dialect, measured.raws, atoms, cut, note)
-        fields = {**ask.fields, answers.ARRAYS[ask.dialect]: msgspec.Raw(array)}
+        ask, dialect = self._ask, self._ask.dialect
+        assert dialect == "chat" or dialect == "responses"
+        array = rewritten(dialect, measured.raws, atoms, cut, note, measured.each)
+        fields = {**ask.fields, answers.ARRAYS[dialect]: msgspec.Raw(array)}
         edited = replace(ask, fields=fields, edited=True)
-        return Sent(edited, cut.after, max(most_of(ask.dialect, fields) or 0, cut.after))
+        return Sent(edited, cut.after, max(most_with(dialect, fields, measured.media), cut.after))
 
     # -- what is said of it ------------------------------------------------------------------------------------------
 
     async def _told(self, target: Target, fit: _Fit) -> Ask:
         """Tells the headers, the log and the metrics, and gives what is sent: with a summary, if there is one."""
         record, settings, cut = self._record, self._settings, fit.cut
-        sent, strategy, failed = fit.sent, settings.trim_strategy, ""
+        sent, failed = fit.sent, ""
+        strategy: str = settings.trim_strategy
         acts = settings.mode == "enforce"
         if cut is not None and cut.stages and acts and strategy == "summary":
             strategy, failed, sent = await self._summarised(fit, cut)

