@@ -38,6 +38,7 @@ def provider_of(name: str, settings: ProviderSettings, scrubber: Scrubber) -> Pr
             tokens_per_second=settings.tokens_per_second,
             first_token_ms=settings.first_token_ms,
             script=read_script(settings.script) if settings.script is not None else None,
+            prompt_cache=settings.prompt_cache,
         )
         return OpenAIProvider(name, "http://mock/v1", ScriptedTransport(mock), timeouts)
     headers: Headers = []

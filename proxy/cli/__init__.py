@@ -145,11 +145,22 @@ def mock(
     ] = None,
     tokens_per_second: Annotated[float, typer.Option(min=0, help="Pace of streams; 0 is as fast as possible.")] = 0,
     first_token_ms: Annotated[float, typer.Option(min=0, help="Milliseconds before the first token.")] = 0,
+    prompt_cache: Annotated[
+        bool, typer.Option("--prompt-cache", help="Tell in the usage how much of a prompt was sent before.")
+    ] = False,
 ) -> None:
     """Run the mock provider as a server of its own: an upstream for trials and for rehearsing faults."""
     from proxy.cli.mock import run
 
-    run(host, port, seed, script, tokens_per_second=tokens_per_second, first_token_ms=first_token_ms)
+    run(
+        host,
+        port,
+        seed,
+        script,
+        tokens_per_second=tokens_per_second,
+        first_token_ms=first_token_ms,
+        prompt_cache=prompt_cache,
+    )
 
 
 @config_app.command("show")

@@ -23,6 +23,7 @@ def run(
     *,
     tokens_per_second: float = 0.0,
     first_token_ms: float = 0.0,
+    prompt_cache: bool = False,
 ) -> None:
     """Serves until SIGINT or SIGTERM. Exits with 1 if the script is wrong or the port is taken.
 
@@ -30,7 +31,12 @@ def run(
     """
     steps = _script(script) if script is not None else None
     mock = Mock(
-        real_counts(), seed=seed, tokens_per_second=tokens_per_second, first_token_ms=first_token_ms, script=steps
+        real_counts(),
+        seed=seed,
+        tokens_per_second=tokens_per_second,
+        first_token_ms=first_token_ms,
+        script=steps,
+        prompt_cache=prompt_cache,
     )
     uvloop.run(_serve(MockServer(mock), host, port))
 

@@ -163,6 +163,8 @@ class MockSettings(Section):
     """Milliseconds before the first token."""
     script: Path | None = None
     """YAML file of scripted replies, faults included."""
+    prompt_cache: bool = False
+    """Tell in the usage how much of a prompt was sent before, as a provider with a prompt cache does."""
     timeouts: Timeouts = Timeouts()
     """Time limits of one attempt."""
     limits: LimitSettings = LimitSettings()

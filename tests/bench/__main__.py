@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import report
-from tests.bench.measure import GROWTH, PROXY, QUICK, REDIS, SHAPES, Bench, Effort, progress
+from tests.bench.measure import CONVERSATIONS, GROWTH, PROXY, QUICK, REDIS, SHAPES, Bench, Effort, progress
 from tests.bench.processes import BenchError
 from tests.bench.scene import Scene, headline
 
@@ -50,6 +50,8 @@ def measure(scene: Scene, effort: Effort, names: tuple[str, ...]) -> Bench:
     bench.memory("vocabulary")
     bench.rounds(GROWTH)
     bench.memory("grown")
+    bench.rounds(CONVERSATIONS)
+    bench.memory("talked")
     return bench
 
 

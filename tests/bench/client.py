@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, cast
 
 HEAD_END: Final = b"\r\n\r\n"
@@ -21,7 +21,8 @@ class Run:
 
     __slots__ = ("count", "expected", "finished", "frames", "latencies", "requests", "started")
 
-    def __init__(self, requests: list[bytes], expected: bytes, count: int) -> None:
+    def __init__(self, requests: Iterator[bytes], expected: bytes, count: int) -> None:
+        """`requests` has no end."""
         self.requests = requests
         self.expected = expected
         self.count = count
@@ -35,7 +36,7 @@ class Run:
         if self.started >= self.count:
             return None
         self.started += 1
-        return self.requests[self.started % len(self.requests)]
+        return next(self.requests)
 
     def answered(self, seconds: float) -> None:
         self.latencies.append(seconds)

@@ -14,10 +14,11 @@ start by the clock, on a free connection or a new one, however slow the answers 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import ssl
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -49,6 +50,8 @@ class Job(msgspec.Struct, kw_only=True):
     """The process whose CPU time to measure."""
     timeout: float = 60.0
     """Seconds for the whole job."""
+    first: int = 0
+    """Of a long conversation: the number of its first request. No number comes twice, so each last message is new."""
 
 
 class Done(msgspec.Struct, kw_only=True):
@@ -80,8 +83,7 @@ class Load:
         self._clients: list[Client] = []
         self._free: list[Client] = []
         self._expected = expected_body(job.ask)
-        variants = max(1, min(MAX_VARIANTS, MAX_VARIANT_BYTES // job.ask.size))
-        self._requests = [_request(job, variant) for variant in range(variants)]
+        self.requests = _requests(job)
         self._tls = None if job.ca is None else ssl.create_default_context(cafile=job.ca)
 
     async def run(self) -> Done:
@@ -122,7 +124,7 @@ class Load:
         return client
 
     async def _closed_loop(self, count: int) -> Run:
-        run = Run(self._requests, self._expected, count)
+        run = Run(self.requests, self._expected, count)
         for client in self._clients:
             if client.closed:
                 raise WrongAnswer("a connection was closed after a complete answer")
@@ -134,7 +136,7 @@ class Load:
     async def _open_loop(self) -> Run:
         """Starts request k at k / rate, come what may; the connections of the warm-up are the first free ones."""
         job = self._job
-        run = Run(self._requests, self._expected, job.count)
+        run = Run(self.requests, self._expected, job.count)
         self._free = [client for client in self._clients if not client.closed]
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -156,6 +158,14 @@ class Load:
             if not client.closed:
                 return client
         return await self._connect()
+
+
+def _requests(job: Job) -> Iterator[bytes]:
+    """Without end: a few in turn, or each another one."""
+    if job.ask.messages:
+        return (_request(job, variant) for variant in itertools.count(job.first))
+    variants = max(1, min(MAX_VARIANTS, MAX_VARIANT_BYTES // job.ask.size))
+    return itertools.cycle([_request(job, variant) for variant in range(variants)])
 
 
 def _request(job: Job, variant: int) -> bytes:

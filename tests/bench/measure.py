@@ -2,7 +2,7 @@
 
 Every round runs every measurement once against each server in turn (A B C, A B C, …), so that whatever the machine
 does meanwhile happens to all of them; ratios are taken within a round. Memory is read where its meaning changes:
-ready, after the load, after a vocabulary was needed, after the long conversations.
+ready, after the load, after a vocabulary was needed, after large bodies, after the long conversations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tests.bench.load import Done, Job
-from tests.bench.payloads import CHUNKS, SHORT_CHUNKS, Ask
+from tests.bench.payloads import CHUNKS, LONG, SHORT_CHUNKS, Ask, long_ask
 from tests.bench.processes import Child, LoadWorker, Redis
 from tests.bench.upstream import SLOTS, TICK
 
@@ -83,6 +83,13 @@ GROWTH: Final = tuple(
     for size, count in zip(GROWTH_SIZES, (1000, 600, 150, 24), strict=True)
 )
 
+LONG_COUNTS: Final = {"long-400": 200, "long-4000": 24, "long-cut": 200}
+CONVERSATIONS: Final = tuple(
+    Shape(model, long_ask(model), LONG_COUNTS[model], 16, connections=GROWTH_CONNECTIONS, servers=_FORWARDERS)
+    for model in LONG
+)
+"""Their warm-up teaches the proxy all messages but the last one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Effort:
@@ -111,6 +118,7 @@ class Bench:
         self._servers = {server.name: server for server in servers}
         self._secure = {server.name: server for server in secure}
         self._effort = effort
+        self._first = 0
 
     def rounds(self, shapes: tuple[Shape, ...]) -> None:
         """Every shape against each of its servers, round by round."""
@@ -130,16 +138,19 @@ class Bench:
 
     def once(self, shape: Shape, server: Server) -> Done:
         """One job: `shape` against `server`. Raises BenchError."""
+        count, warmup = self._effort.count(shape), self._effort.warmup(shape)
         job = Job(
             port=server.port,
             ask=shape.ask,
-            count=self._effort.count(shape),
+            count=count,
             connections=shape.connections,
-            warmup=self._effort.warmup(shape),
+            warmup=warmup,
             rate=shape.rate,
             ca=server.ca,
             cpu_of=None if server.name == DIRECT else server.child.pid,
+            first=self._first,
         )
+        self._first += count + warmup
         return self._load.run(job, server.child)
 
     def memory(self, moment: str) -> None:

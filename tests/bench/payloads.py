@@ -7,12 +7,16 @@ shape of the reply:
     bench-short   stream: 2 chunks, paced the same way (what is left is the cost of a stream as such)
     bench-burst   stream: 100 chunks in one write
     no-usage      as `bench`, but the reply never says what it cost
+    long-400      as `bench`, for conversations whose window is known and near: their tokens are counted
+    long-4000     the same, ten times as long
+    long-cut      the same with a window that is too small: the conversation is cut
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 PLAIN_REQUEST_BYTES: Final = 1536
@@ -21,6 +25,13 @@ CHUNKS: Final = 100
 SHORT_CHUNKS: Final = 2
 DONE: Final = b"data: [DONE]\n\n"
 MESSAGE_BYTES: Final = 480
+LONG_MESSAGE_BYTES: Final = 768
+"""Of each message of a long conversation, JSON and comma included: 400 of them are 300 KB."""
+LONG: Final[dict[str, int]] = {"long-400": 400, "long-4000": 4000, "long-cut": 400}
+"""Messages by model."""
+LONG_WINDOWS: Final[dict[str, int]] = {"long-400": 128_000, "long-4000": 1_280_000, "long-cut": 48_000}
+"""Fewer tokens than a conversation has bytes, so that no bound spares the count; and more than it has tokens, but for
+the last one."""
 USAGE: Final[dict[str, Any]] = {
     "prompt_tokens": 310,
     "completion_tokens": 98,
@@ -44,6 +55,8 @@ class Ask:
     stream: bool = False
     usage: bool = False
     """A stream that asks for its usage chunk itself."""
+    messages: int = 0
+    """A conversation of so many messages, all but the last the same in every variant. 0: as many as it takes."""
 
 
 def request_body(ask: Ask, variant: int = 0) -> bytes:
@@ -51,6 +64,8 @@ def request_body(ask: Ask, variant: int = 0) -> bytes:
 
     Different variants differ in their last message, as the turns of a conversation do.
     """
+    if ask.messages:
+        return _long_body(ask, variant)
     body: dict[str, Any] = {"model": ask.model, "messages": [{"role": "system", "content": "You are a careful agent."}]}
     if ask.stream:
         body["stream"] = True
@@ -71,6 +86,34 @@ def request_body(ask: Ask, variant: int = 0) -> bytes:
     if len(encoded) != ask.size:
         raise ValueError(f"a request of {ask.size} bytes cannot be made: {len(encoded)}")
     return encoded
+
+
+def long_ask(model: str) -> Ask:
+    messages = LONG[model]
+    return Ask(model, size=messages * LONG_MESSAGE_BYTES, messages=messages)
+
+
+def _long_body(ask: Ask, variant: int) -> bytes:
+    beginning = _long_beginning(ask)
+    last = {"role": "user", "content": f"turn {variant:06d}: "}
+    end = _compact(last)[:-2]
+    filled = end + _text(ask.size - len(beginning) - len(end) - len(b'"}]}'), variant).encode() + b'"}]}'
+    encoded = beginning + filled
+    if len(encoded) != ask.size:
+        raise ValueError(f"a conversation of {ask.size} bytes cannot be made: {len(encoded)}")
+    return encoded
+
+
+@lru_cache(maxsize=4)
+def _long_beginning(ask: Ask) -> bytes:
+    """The body up to its last message."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": _text(LONG_MESSAGE_BYTES - 100, 0)}]
+    while len(messages) < ask.messages - 1:
+        message = {"role": "user" if len(messages) % 2 else "assistant", "content": ""}
+        message["content"] = _text(LONG_MESSAGE_BYTES - len(_compact(message)) - 1, len(messages))
+        messages.append(message)
+    body: dict[str, Any] = {"model": ask.model, "temperature": 0.2, "messages": messages}
+    return _compact(body)[:-2] + b","
 
 
 def plain_reply(model: str) -> bytes:

@@ -25,6 +25,7 @@ LIMIT_READY_SECONDS: Final = 1.5
 LIMIT_LOADED_MIB: Final = 90.0
 LIMIT_VOCABULARY_MIB: Final = 190.0
 LIMIT_GROWTH: Final = 10.0
+LIMIT_LONG_MS: Final = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,12 @@ def growth_steps(figures: Figures) -> list[float]:
     return [after / before if min(before, after) > 0 else math.nan for before, after in pairwise(costs)]
 
 
+def long_growth(figures: Figures) -> list[float]:
+    """By what the cost of a conversation grows when it has ten times as many messages, round by round."""
+    pairs = zip(figures.get("long-4000", {}).get(PROXY, []), figures.get("long-400", {}).get(PROXY, []), strict=False)
+    return [longer / long for longer, long in pairs]
+
+
 def targets(figures: Figures) -> list[Target]:
     """The promises that this run can judge."""
     judged = [
@@ -108,6 +115,10 @@ def targets(figures: Figures) -> list[Target]:
     ]
     for size, step in zip(GROWTH_SIZES[1:], growth_steps(figures), strict=False):
         judged.append(Target(f"added cost, body of {_size(size)} against a tenth of it", step, LIMIT_GROWTH, "x"))
+    long = _of_proxy(figures, "long-400")
+    judged.append(Target("a conversation of 400 messages, the last one new, CPU", long / 1000, LIMIT_LONG_MS, " ms"))
+    growth = _middle(long_growth(figures))
+    judged.append(Target("a conversation of 4,000 messages against one of 400, CPU", growth, LIMIT_GROWTH, "x"))
     return [target for target in judged if not math.isnan(target.value)]
 
 
@@ -136,6 +147,7 @@ def as_json(figures: Figures, facts: dict[str, Any]) -> dict[str, Any]:
             for measure in ("latency_p50", "latency_p99", "latency_tls_p50", "latency_tls_p99")
             if measure in figures
         },
+        "long_growth": long_growth(figures),
         "growth_steps": [None if math.isnan(step) else step for step in growth_steps(figures)],
         "targets": [
             {
@@ -198,12 +210,21 @@ def table(figures: Figures) -> str:
             [Row(_size(size), figures.get(f"growth_{size}", {})) for size in GROWTH_SIZES],
         ),
         _section(
+            "CPU per request of a long conversation whose last message is new, microseconds (the whole request)",
+            [
+                Row("400 messages, 300 KB, near the window", figures.get("long-400", {})),
+                Row("4,000 messages, 3 MB, near the window", figures.get("long-4000", {})),
+                Row("400 messages, 300 KB, cut to the window", figures.get("long-cut", {})),
+            ],
+        ),
+        _section(
             "Resident memory, MiB",
             [
                 Row("ready", figures.get("rss_ready", {})),
                 Row("after the load", figures.get("rss_loaded", {})),
                 Row("with a vocabulary", figures.get("rss_vocabulary", {})),
-                Row("after conversations of 1.5 MB", figures.get("rss_grown", {})),
+                Row("after bodies of 1.5 MB", figures.get("rss_grown", {})),
+                Row("after conversations of 3 MB", figures.get("rss_talked", {})),
             ],
         ),
         _section("Spawn to ready, seconds", [Row("GET /livez is 200", figures.get("ready", {}))]),

@@ -15,6 +15,7 @@ import trustme
 
 from tests import redis_server
 from tests.bench.measure import DIRECT, PROXY, REDIS, Server, progress
+from tests.bench.payloads import LONG_WINDOWS
 from tests.bench.processes import Child, Cores, LoadWorker, Redis, Upstream, free_port
 
 MEASURED_PACKAGES: Final = ("breakwater", "uvicorn", "uvloop", "httptools", "msgspec", "orjson")
@@ -28,8 +29,10 @@ providers:
     ca_file: {ca}
 """
 
+PRICE: Final = ", price: {input: 0.15, cached_input: 0.075, output: 0.60}"
+WINDOWS: Final = {"*": 2_000_000, **LONG_WINDOWS}
+"""By model. Most bodies fit into theirs by their mere size, as they do in service."""
 BUDGET: Final = """\
-    models: {{"*": {{price: {{input: 0.15, cached_input: 0.075, output: 0.60}}}}}}
 state: redis://127.0.0.1:{port}/0
 budget: {{requests_per_minute: 10000000, tokens_per_minute: 2000000000, usd_per_day: 100000}}
 """
@@ -89,6 +92,7 @@ class Scene:
     def _proxy(self, label: str, port: int, tls: bool) -> list[str]:
         config = self.directory / f"{label}.yaml"
         text = CONFIG.format(port=port, base_url=self._origin(tls) + "/v1", ca=f'"{self.ca}"' if tls else "null")
+        text += _models(PRICE if label == REDIS else "")
         if label == REDIS:
             assert self.store is not None
             text += BUDGET.format(port=self.store.port)
@@ -115,6 +119,11 @@ class Scene:
             },
             "logs": "on, as by default, written to a file",
         }
+
+
+def _models(more: str) -> str:
+    lines = [f'      "{name}": {{context_window: {window}{more}}}' for name, window in WINDOWS.items()]
+    return "\n".join(["    models:", *lines, ""])
 
 
 def headline(facts: dict[str, Any]) -> str:

@@ -12,11 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from proxy.tokens.vocabularies import SHARED
 from tests.bench import procfs, report
 from tests.bench.client import WrongAnswer
 from tests.bench.load import Done, Job, Load
-from tests.bench.measure import GROWTH_SIZES, SHAPES, Figures
-from tests.bench.payloads import DONE, Ask, expected_body, plain_reply, request_body, stream_body, stream_events
+from tests.bench.measure import CONVERSATIONS, GROWTH_SIZES, SHAPES, Figures
+from tests.bench.payloads import (
+    DONE,
+    LONG,
+    LONG_WINDOWS,
+    Ask,
+    expected_body,
+    long_ask,
+    plain_reply,
+    request_body,
+    stream_body,
+    stream_events,
+)
 from tests.bench.processes import BenchError, Child
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -34,7 +46,7 @@ def test_quick_run_measures_everything_and_every_answer_is_right() -> None:
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     run = json.loads(done.stdout)
     figures = run["figures"]
-    for shape in SHAPES:
+    for shape in (*SHAPES, *CONVERSATIONS):
         measures = [f"{shape.measure}_p50", f"{shape.measure}_p99"] if shape.latency else [shape.measure]
         for measure in measures:
             for server in shape.servers:
@@ -42,8 +54,14 @@ def test_quick_run_measures_everything_and_every_answer_is_right() -> None:
     for measure in ("ready", "rss_ready", "rss_loaded", "rss_vocabulary", *(f"growth_{size}" for size in GROWTH_SIZES)):
         assert figures[measure]["breakwater"]["median"] > 0, measure
     assert figures["plain"]["breakwater/empty"]["median"] > 1
+    assert figures["long-4000"]["breakwater"]["median"] > figures["long-400"]["breakwater"]["median"]
     assert {"cpu", "python"} <= run["machine"].keys()
-    assert {"plain chat, CPU against the empty app", "spawn to ready"} <= {target["name"] for target in run["targets"]}
+    assert {
+        "plain chat, CPU against the empty app",
+        "spawn to ready",
+        "a conversation of 400 messages, the last one new, CPU",
+        "a conversation of 4,000 messages against one of 400, CPU",
+    } <= {target["name"] for target in run["targets"]}
 
 
 @pytest.mark.parametrize("size", GROWTH_SIZES)
@@ -55,6 +73,27 @@ def test_requests_are_json_of_the_size_asked_for_and_differ_by_variant(size: int
     first, second = json.loads(one)["messages"], json.loads(other)["messages"]
     assert first[:-1] == second[:-1]
     assert first[-1] != second[-1]
+
+
+@pytest.mark.parametrize("model", LONG)
+def test_a_long_conversation_has_its_messages_and_only_the_last_one_is_new(model: str) -> None:
+    ask = long_ask(model)
+    first, second = (json.loads(request_body(ask, variant))["messages"] for variant in (1, 2))
+    assert len(request_body(ask, 3)) == ask.size
+    assert len(first) == LONG[model]
+    assert first[:-1] == second[:-1]
+    assert first[-1] != second[-1]
+    assert max(len(message["content"]) for message in first) < 1024
+    tokens = sum(SHARED.load("o200k_base").count(message["content"]) for message in first)
+    assert ask.size > LONG_WINDOWS[model]
+    assert (tokens < LONG_WINDOWS[model]) is (model != "long-cut")
+
+
+def test_no_request_of_a_long_conversation_comes_twice() -> None:
+    job = Job(port=1, ask=long_ask("long-400"), count=1, first=7)
+    requests = Load(job).requests
+    sent = [next(requests).partition(b"\r\n\r\n")[2] for _ in range(3)]
+    assert sent == [request_body(job.ask, variant) for variant in (7, 8, 9)]
 
 
 def test_a_stream_without_usage_is_the_one_with_usage_less_what_usage_put_in() -> None:
@@ -172,6 +211,8 @@ FIGURES: Figures = {
     "stream": {"forward": [4000.0], "breakwater": [5600.0]},
     "latency_p50": {"direct": [30.0, 20.0], "forward": [90.0, 100.0], "breakwater": [130.0, 140.0]},
     "ready": {"breakwater": [0.7]},
+    "long-400": {"breakwater": [2000.0, 2400.0]},
+    "long-4000": {"breakwater": [30_000.0, 24_000.0]},
     **{
         f"growth_{size}": {"forward": [10.0], "breakwater": [10.0 + cost]}
         for size, cost in zip(GROWTH_SIZES, (0.0, 100.0, 500.0, 50_000.0), strict=True)
@@ -198,6 +239,8 @@ def test_targets_say_what_was_kept_and_what_was_missed() -> None:
         "spawn to ready": True,
         "added cost, body of 150 KB against a tenth of it": True,
         "added cost, body of 1.5 MB against a tenth of it": False,
+        "a conversation of 400 messages, the last one new, CPU": True,
+        "a conversation of 4,000 messages against one of 400, CPU": False,
     }
     table = report.table(FIGURES)
     assert "MISS  paced streams, CPU against the forwarder: 1.40x (target ≤ 1.3x)" in table
@@ -208,4 +251,5 @@ def test_the_json_of_a_run_is_json() -> None:
     run = json.loads(json.dumps(report.as_json(FIGURES, {"rounds": 2}), allow_nan=False))
     assert run["figures"]["plain"]["breakwater/empty"] == {"median": 4.5, "min": 4.0, "max": 5.0, "values": [4.0, 5.0]}
     assert run["added_latency_us"]["latency_p50"]["breakwater"]["median"] == 110.0
+    assert run["long_growth"] == [15.0, 10.0]
     assert run["growth_steps"] == [None, 5.0, 100.0]

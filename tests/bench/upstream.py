@@ -21,11 +21,11 @@ import httptools
 import msgspec
 import uvloop
 
-from tests.bench.payloads import DONE, plain_reply, stream_events
+from tests.bench.payloads import DONE, LONG, plain_reply, stream_events
 
 TICK: Final = 0.001
 SLOTS: Final = 4
-MODELS: Final = ("bench", "bench-short", "bench-burst", "no-usage")
+MODELS: Final = ("bench", "bench-short", "bench-burst", "no-usage", *LONG)
 SSE_HEAD: Final = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
     b"x-request-id: req_bench\r\nopenai-processing-ms: 12\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -73,6 +73,22 @@ async def test_a_full_window_is_429_with_its_figures_and_an_honest_wait() -> Non
         ]
 
 
+async def test_what_a_provider_had_cached_is_charged_at_its_own_price() -> None:
+    models = {"*": {"price": {"input": 1000, "cached_input": 100, "output": 0}}}
+    asked = {**ASK, "messages": [{"role": "user", "content": "The tide turns. " * 600}]}
+    async with (
+        gateway({"prompt_cache": True, "models": models}, budget={"usd_per_day": 100}) as running,
+        client_of(running) as client,
+    ):
+        answers = [await client.post("/chat/completions", json=asked) for _ in range(2)]
+        dear, cheap = (float(answer.headers["x-breakwater-cost-usd"]) for answer in answers)
+        usage = answers[1].json()["usage"]
+        cached, tokens = usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+        assert cached > 1024
+        assert dear == pytest.approx(tokens / 1000)
+        assert cheap == pytest.approx((tokens - cached) / 1000 + cached / 10_000)
+
+
 async def test_the_sdk_sees_a_rate_limit_error_that_it_knows() -> None:
     limit = {"requests_per_minute": 1}
     async with (

@@ -9,7 +9,9 @@ from typing import Any, Final
 
 import orjson
 
+from proxy.providers.mock.prefixes import Prefixes, Unit
 from proxy.providers.mock.refusal import invalid
+from proxy.providers.mock.text import Count
 
 Json = dict[str, Any]
 
@@ -50,6 +52,15 @@ class Prompt:
     schema: Any = None
     """JSON Schema of a structured answer; {} for any JSON object; None for text."""
     prompt_tokens: int = 0
+    texts: list[str] = field(default_factory=list)
+    """What the messages say, in order."""
+    prefixes: Prefixes | None = None
+    """The prompt cache; None: there is none."""
+    owner: bytes = b""
+    """Whose prompts share a cache."""
+    units: list[Unit] = field(default_factory=list)
+    """The prompt for the cache, where there is one."""
+    cached_tokens: int = 0
 
     @property
     def ident(self) -> str:
@@ -142,6 +153,15 @@ def tool_list(body: Json, *, nested: bool) -> list[Json]:
             raise invalid("A tool must have a name.", f"tools[{i}]", "missing_required_parameter")
         out.append({"kind": kind, "name": name, "parameters": inner.get("parameters")})
     return out
+
+
+def add_tools(prompt: Prompt, count: Count) -> None:
+    """The definitions of tools stand before everything else."""
+    text = orjson.dumps(prompt.body["tools"]).decode()
+    tokens = count(text) + 9
+    prompt.prompt_tokens += tokens
+    if prompt.prefixes is not None:
+        prompt.units.insert(0, Unit.of(prompt.body["tools"], tokens, "tools", 0, text))
 
 
 def choose(prompt: Prompt) -> None:

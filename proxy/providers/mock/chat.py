@@ -8,9 +8,11 @@ from typing import Any
 
 import orjson
 
-from proxy.providers.mock.ask import Json, Prompt, choose, stops, tool_list, whole
-from proxy.providers.mock.compose import Choice, ToolCall, compose
+from proxy.providers.mock.admission import admit
+from proxy.providers.mock.ask import Json, Prompt, add_tools, choose, stops, tool_list, whole
+from proxy.providers.mock.compose import CALL_TOKENS, Choice, ToolCall, compose
 from proxy.providers.mock.draft import SSE, Draft, plain, sse
+from proxy.providers.mock.prefixes import Unit
 from proxy.providers.mock.refusal import invalid
 from proxy.providers.mock.text import Count
 
@@ -26,11 +28,12 @@ def chat(prompt: Prompt, count: Count) -> Draft:
     prompt.tools = tool_list(body, nested=True)
     choose(prompt)
     if prompt.tools:
-        prompt.prompt_tokens += count(orjson.dumps(body["tools"]).decode()) + 9
+        add_tools(prompt, count)
     prompt.limit = whole(body, "max_completion_tokens", 1, 1 << 31) or whole(body, "max_tokens", 1, 1 << 31)
     prompt.choices = whole(body, "n", 1, 128) or 1
     prompt.stop = stops(body)
     prompt.schema = _format(body.get("response_format"))
+    admit(prompt, count, "messages")
     choices = compose(prompt, count)
     if prompt.stream:
         return _stream(prompt, "chat.completion.chunk", "chatcmpl-", choices, _chat_deltas)
@@ -42,10 +45,12 @@ def completions(prompt: Prompt, count: Count) -> Draft:
     body = prompt.body
     texts = _prompts(body.get("prompt"))
     prompt.prompt_tokens = sum(count(text) if isinstance(text, str) else len(text) for text in texts)
-    prompt.last_user = next((text for text in reversed(texts) if isinstance(text, str)), "")
+    prompt.texts = [text for text in texts if isinstance(text, str)]
+    prompt.last_user = prompt.texts[-1] if prompt.texts else ""
     prompt.limit = whole(body, "max_tokens", 1, 1 << 31)
     prompt.choices = len(texts) * (whole(body, "n", 1, 128) or 1)
     prompt.stop = stops(body)
+    admit(prompt, count, "prompt")
     choices = compose(prompt, count)
     if prompt.stream:
         return _stream(prompt, "text_completion", "cmpl-", choices, _text_deltas)
@@ -92,18 +97,30 @@ def _read_messages(prompt: Prompt, count: Count) -> None:
         if not isinstance(role, str) or role not in _ROLES:
             raise invalid("A message's role is missing or unknown.", f"messages[{i}].role", "invalid_value")
         text, extra = _content(message.get("content"), i)
-        tokens += 3 + count(role) + count(text) + extra
+        open_calls = _pair(message, role, open_calls, i)
+        head = 3 + count(role)
+        size = head + count(text) + extra
         if isinstance(message.get("name"), str):
-            tokens += 1 + count(message["name"])
+            size += 1 + count(message["name"])
         if role == "user":
             prompt.last_user = text
-        open_calls = _pair(message, role, open_calls, i)
-        if role == "assistant":
-            tokens += sum(count(orjson.dumps(call).decode()) for call in message.get("tool_calls") or ())
+        elif role == "assistant":
+            size += sum(_call_tokens(call, count) for call in message.get("tool_calls") or ())
+        tokens += size
+        prompt.texts.append(text)
+        if prompt.prefixes is not None:
+            prompt.units.append(Unit.of(message, size, role, head, text))
     if open_calls:
         raise _unpaired(len(messages) - 1)
     prompt.answers_tool = messages[-1]["role"] in ("tool", "function")
     prompt.prompt_tokens = tokens
+
+
+def _call_tokens(call: Json, count: Count) -> int:
+    """A call costs in a prompt what it cost as an answer: its ids and braces are not the model's words."""
+    inner = call.get("custom") if call.get("type") == "custom" else call.get("function")
+    given = [inner.get(member) for member in ("name", "arguments", "input")] if isinstance(inner, dict) else []
+    return CALL_TOKENS + sum(count(text) for text in given if isinstance(text, str))
 
 
 def _pair(message: Json, role: str, open_calls: list[Any], i: int) -> list[Any]:
@@ -145,12 +162,12 @@ def _content(content: Any, i: int) -> tuple[str, int]:
     return "".join(texts), _IMAGE_TOKENS * (len(content) - len(texts))
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+def usage(prompt: Prompt, completion_tokens: int) -> Json:
     return {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": prompt.prompt_tokens,
         "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "total_tokens": prompt.prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": prompt.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": 0,
             "audio_tokens": 0,
@@ -179,8 +196,8 @@ def _whole(prompt: Prompt, kind: str, prefix: str, choices: list[Choice], render
         for i, choice in enumerate(choices)
     ]
     if prompt.name != "no-usage":
-        body["usage"] = usage(prompt.prompt_tokens, total)
-    return plain(orjson.dumps(body), prompt.prompt_tokens, total)
+        body["usage"] = usage(prompt, total)
+    return plain(orjson.dumps(body), prompt.prompt_tokens, total, cached_tokens=prompt.cached_tokens)
 
 
 def _text(choice: Choice) -> Json:
@@ -234,7 +251,7 @@ def _text_deltas(choice: Choice) -> Iterator[Delta]:
 
 def _stream(prompt: Prompt, kind: str, prefix: str, choices: list[Choice], deltas: Any) -> Draft:
     """Choices take turns, chunk by chunk."""
-    draft = Draft(content_type=SSE, stream=True, prompt_tokens=prompt.prompt_tokens)
+    draft = Draft(content_type=SSE, stream=True, prompt_tokens=prompt.prompt_tokens, cached_tokens=prompt.cached_tokens)
     draft.headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
     frame = _frame(prompt, kind, prefix)
     told = prompt.wants_usage and prompt.name != "no-usage"
@@ -250,7 +267,7 @@ def _stream(prompt: Prompt, kind: str, prefix: str, choices: list[Choice], delta
             draft.pieces.append(event(chunk))
             draft.billed.append(sum(billed))
     if told:
-        draft.pieces.append(event({**frame, "choices": [], "usage": usage(prompt.prompt_tokens, draft.billed[-1])}))
+        draft.pieces.append(event({**frame, "choices": [], "usage": usage(prompt, draft.billed[-1])}))
         draft.billed.append(draft.billed[-1])
     draft.pieces.append(DONE)
     draft.billed.append(draft.billed[-1])

@@ -5,6 +5,8 @@
 | a tool is forced; or there are tools and the | calls: of every tool that the user names, else of the    |
 | last word is not a tool's result            | first one                                                 |
 | model `echo`                                | the last user message, verbatim                           |
+| model `digest`                              | each "The code of X is Y." that the prompt states, a line |
+|                                             | each: a summary, assuming one that keeps the facts        |
 | a JSON format is asked for                  | a JSON value that satisfies the schema                    |
 | model `bench-N` or `bench-N-RATE`           | exactly N pieces of text (RATE: tokens a second)          |
 | anything else                               | 20 to 60 pieces of prose                                  |
@@ -26,7 +28,10 @@ from proxy.providers.mock.text import Count, fragments, prose, running, shorten,
 BENCH: Final = re.compile(r"bench-(\d{1,5})(?:-(\d{1,5}))?")
 """Model names that say how long the answer is and at what pace it streams."""
 
-_CALL_OVERHEAD: Final = 3
+_FACT: Final = re.compile(r"The code of [^\s.][^.\n]{0,63} is [^\s.]{1,64}\.")
+_NO_FACTS: Final = "No codes were stated."
+
+CALL_TOKENS: Final = 3
 """Tokens around a call's name and arguments."""
 
 
@@ -72,6 +77,9 @@ def _speak(prompt: Prompt, index: int, count: Count) -> Choice:
 def _words(prompt: Prompt, random: Random) -> list[str]:
     if prompt.name == "echo":
         return split(prompt.last_user)
+    if prompt.name == "digest":
+        stated = dict.fromkeys(fact for text in prompt.texts for fact in _FACT.findall(text))
+        return split("\n".join(stated) or _NO_FACTS)
     if prompt.schema is not None:
         value: Any = example(prompt.schema, random) if prompt.schema else {"answer": "".join(prose(random, 8))}
         return fragments(orjson.dumps(value).decode())
@@ -109,7 +117,7 @@ def _call(tool: dict[str, Any], ident: str, random: Random, count: Count) -> Too
 
 
 def _counted(call: ToolCall, count: Count) -> ToolCall:
-    frame = count(call.name) + _CALL_OVERHEAD
+    frame = count(call.name) + CALL_TOKENS
     call.tokens = [frame + tokens for tokens in running(call.pieces, count)] or [frame]
     return call
 

@@ -35,6 +35,8 @@ class Draft:
     billed: list[int] = field(default_factory=list)
     """Completion tokens billed once that many pieces are sent; as long as `pieces`."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt tokens."""
     stream: bool = False
     end: End = End.COMPLETE
     delay: float = 0.0
@@ -76,8 +78,21 @@ def sse(event: str, data: bytes) -> bytes:
     return head + b"".join(b"data: " + line + b"\n" for line in data.split(b"\n")) + b"\n"
 
 
-def plain(body: bytes, prompt_tokens: int = 0, completion_tokens: int = 0, content_type: bytes = JSON) -> Draft:
-    return Draft(content_type=content_type, pieces=[body], billed=[completion_tokens], prompt_tokens=prompt_tokens)
+def plain(
+    body: bytes,
+    prompt_tokens: int = 0,
+    completion_tokens: int = 0,
+    content_type: bytes = JSON,
+    *,
+    cached_tokens: int = 0,
+) -> Draft:
+    return Draft(
+        content_type=content_type,
+        pieces=[body],
+        billed=[completion_tokens],
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+    )
 
 
 def refused(refusal: Refusal) -> Draft:

@@ -14,9 +14,9 @@
 | `plain`         | as usual                                   | the plain JSON answer instead of a stream          |
 | `no-usage`      | no `usage` member                          | no usage chunk, whether asked for or not           |
 | `refuses-usage` | as usual                                   | 400 if `stream_options` is there                   |
-| `window-N`      | 400 `context_length_exceeded` if the prompt is longer than N tokens | the same                  |
+| `window-N`      | 400 `context_length_exceeded` if the prompt is longer than N tokens (`admission`) | the same    |
 
-Names may carry the prefix `mock/`. `echo`, `bench-N` and `bench-N-RATE` are described in `compose`.
+Names may carry the prefix `mock/`. `echo`, `digest`, `bench-N` and `bench-N-RATE` are described in `compose`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ from proxy.providers.mock.refusal import Refusal, invalid
 from proxy.transport.answer import NEVER, End
 
 NAMES: Final = (
-    "echo", "slow", "400", "401", "403", "404", "429", "500", "503", "529", "cut", "early-close", "stall", "no-done",
-    "garbage", "error-event", "error-late", "plain", "no-usage", "refuses-usage",
+    "echo", "digest", "slow", "400", "401", "403", "404", "429", "500", "503", "529", "cut", "early-close", "stall",
+    "no-done", "garbage", "error-event", "error-late", "plain", "no-usage", "refuses-usage",
 )  # fmt: skip
 """What `/v1/models` lists of them."""
 
 _STATUS: Final = re.compile(r"[45]\d\d")
-_WINDOW: Final = re.compile(r"window-(\d{1,9})")
 _RETRY_AFTER: Final = [(b"retry-after", b"1")]
 _ERROR: Final = {"message": "The mock was asked to fail.", "type": "server_error", "param": None, "code": "mock_error"}
 _HTML: Final = b"<!doctype html><html><head><title>502</title></head><body><h1>Bad gateway</h1></body></html>\n"
@@ -69,11 +68,7 @@ def before(prompt: Prompt) -> None:
 
 
 def after(prompt: Prompt, draft: Draft, path: str) -> None:
-    """Bends the answer as the model's name asks for. Raises Refusal."""
-    window = _WINDOW.fullmatch(prompt.name)
-    if window and draft.prompt_tokens > int(window[1]):
-        message = f"This model's maximum context length is {window[1]} tokens; your request is {draft.prompt_tokens}."
-        raise invalid(message, "messages" if "messages" in prompt.body else "input", "context_length_exceeded")
+    """Bends the answer as the model's name asks for."""
     bend = _BENDS.get(prompt.name)
     if bend is not None:
         bend(draft, path)

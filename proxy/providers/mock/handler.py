@@ -2,9 +2,10 @@
 
 The same seed and the same request give the same bytes, ids and times included; no clock is read and nothing is
 fetched. It is honest where it matters to a proxy's tests: it counts real tokens, refuses what a provider would
-refuse, keeps books (`ledger`), and fails on request (`faults`, `script`). It says nothing sensible.
+refuse, keeps books (`ledger`), and fails on request (`faults`, `script`). It says nothing sensible. With the prompt
+cache on (`prefixes`), usage tells what was cached, and that depends on the requests before.
 
-    request ──▶ script step? ──▶ route ──▶ parse ──▶ compose ──▶ draft ──▶ fault ──▶ pace ──▶ Answer ──▶ ledger
+    request ─▶ script step? ─▶ route ─▶ parse ─▶ admit ─▶ compose ─▶ draft ─▶ fault ─▶ pace ─▶ Answer ─▶ ledger
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from proxy.providers.mock.chat import chat, completions
 from proxy.providers.mock.compose import BENCH
 from proxy.providers.mock.counting import Memo
 from proxy.providers.mock.draft import Draft, paced, plain, refused
-from proxy.providers.mock.ledger import Ledger
+from proxy.providers.mock.ledger import Ledger, fingerprint
+from proxy.providers.mock.prefixes import Prefixes
 from proxy.providers.mock.refusal import Refusal
 from proxy.providers.mock.responses import Stored, read_input, responses
 from proxy.providers.mock.script_steps import Script
@@ -42,17 +44,20 @@ _GENERATORS: Final[dict[str, _Generator]] = {
     "/v1/moderations": other.moderations,
     "/v1/audio/speech": other.speech,
 }
+_CACHED: Final = frozenset({"/v1/chat/completions", "/v1/responses"})
+"""Where the prompt cache looks."""
 
 
 class _Ready:
     """An answer with what the ledger needs: what is remembered for equal requests."""
 
-    __slots__ = ("answer", "billed", "model", "path", "prompt_tokens", "request_id")
+    __slots__ = ("answer", "billed", "cached_tokens", "model", "path", "prompt_tokens", "request_id")
 
     def __init__(self, answer: Answer, draft: Draft, path: str, model: str, request_id: bytes) -> None:
         self.answer = answer
         self.billed = draft.billed
         self.prompt_tokens = draft.prompt_tokens
+        self.cached_tokens = draft.cached_tokens
         self.path = path
         self.model = model
         self.request_id = request_id
@@ -75,8 +80,13 @@ class Mock:
         slow_ms: float = 2000.0,
         script: Script | None = None,
         ledger: Ledger | None = None,
+        prompt_cache: bool = False,
     ) -> None:
-        """`count`: tokens of a text. `tokens_per_second`: 0 is as fast as possible. `slow_ms`: of the model `slow`."""
+        """`count`: tokens of a text. `tokens_per_second`: 0 is as fast as possible. `slow_ms`: of the model `slow`.
+
+        `prompt_cache`: prompts of chat and responses are compared with the earlier ones of the same key and model, and
+        usage and ledger say how much of each was cached. So the same request does not get the same bytes again.
+        """
         self.ledger = ledger if ledger is not None else Ledger()
         self._count = Memo(count)
         self._seed = str(seed).encode()[:64]
@@ -85,6 +95,7 @@ class Mock:
         self._slow = slow_ms / 1000
         self._script = script
         self._stored = Stored()
+        self._prefixes = Prefixes() if prompt_cache else None
         self._out = False
         """An outage: every request but those for the mock's own pages is answered 503."""
         self._ready: dict[tuple[bytes, bytes], _Ready] = {}
@@ -107,7 +118,7 @@ class Mock:
             if text.startswith(("/__", "/v1/__")):
                 text = text.removeprefix("/v1")
                 return Serving(self._own(method, text, parse_qs(query.decode("latin-1"))).answer(), request_id)
-            ready = self._answer(method, text, query, content_type, body)
+            ready = self._answer(method, text, query, content_type, body, authorization)
             self._remember(ready, method, target, body)
         entry = self.ledger.open(
             ready.path,
@@ -117,10 +128,13 @@ class Mock:
             ready.billed,
             request_id or ready.request_id,
             authorization,
+            ready.cached_tokens,
         )
         return Serving(ready.answer, request_id or ready.request_id, entry)
 
-    def _answer(self, method: bytes, path: str, query: bytes, content_type: bytes, body: bytes) -> _Ready:
+    def _answer(
+        self, method: bytes, path: str, query: bytes, content_type: bytes, body: bytes, authorization: bytes
+    ) -> _Ready:
         model = ""
         request_id = b"req_mock"
         prompt = None
@@ -130,6 +144,8 @@ class Mock:
                 prompt = parse(self._seed, path, body)
                 model = prompt.model
                 request_id = b"req_" + prompt.ident.encode()
+                prompt.prefixes = self._prefixes if path in _CACHED else None
+                prompt.owner = "\n".join((path, prompt.name, fingerprint(authorization) or "")).encode()
             if self._out:
                 raise Refusal(503, "The mock has an outage.", code="outage")
             step = self._script.take(path, model) if self._script is not None else None
@@ -218,6 +234,8 @@ class Mock:
     def _remember(self, ready: _Ready, method: bytes, target: bytes, body: bytes) -> None:
         """Keeps an answer that depends on nothing but the request's target and body."""
         if method != b"POST" or ready.path not in _GENERATORS or self._script is not None or self._out:
+            return
+        if self._prefixes is not None and ready.path in _CACHED:
             return
         size = sum(len(data) for _, data in ready.answer.steps)
         if len(body) + 3 * size > _LONGEST_REMEMBERED:  # a server keeps two encodings beside the steps

@@ -19,7 +19,10 @@ _KEPT: Final = 100_000
 
 
 class Totals:
-    __slots__ = ("client_gone", "completion_tokens", "cut", "finished", "in_flight", "prompt_tokens", "requests")
+    __slots__ = (
+        "cached_tokens", "client_gone", "completion_tokens", "cut", "finished", "in_flight", "prompt_tokens",
+        "requests",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.requests = 0
@@ -28,6 +31,7 @@ class Totals:
         self.cut = 0
         self.client_gone = 0
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.completion_tokens = 0
 
     def as_dict(self) -> dict[str, int]:
@@ -37,8 +41,8 @@ class Totals:
 class Entry:
     """One request. It is in the books from the moment it is answered, and closed once its outcome is known."""
 
-    __slots__ = ("authorization", "billed", "id", "model", "outcome", "path", "prompt_tokens", "request_id", "sent",
-                 "status", "totals")  # fmt: skip
+    __slots__ = ("authorization", "billed", "cached_tokens", "id", "model", "outcome", "path", "prompt_tokens",
+                 "request_id", "sent", "status", "totals")  # fmt: skip
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class Entry:
         billed: Sequence[int],
         request_id: bytes,
         authorization: str | None,
+        cached_tokens: int,
     ) -> None:
         self.totals = totals
         self.id = ident
@@ -58,6 +63,8 @@ class Entry:
         self.model = model
         self.status = status
         self.prompt_tokens = prompt_tokens
+        self.cached_tokens = cached_tokens
+        """Of the prompt tokens: what the prompt cache had."""
         self.billed = billed
         """Completion tokens after each piece."""
         self.request_id = request_id
@@ -67,6 +74,7 @@ class Entry:
         totals.requests += 1
         totals.in_flight += 1
         totals.prompt_tokens += prompt_tokens
+        totals.cached_tokens += cached_tokens
 
     @property
     def completion_tokens(self) -> int:
@@ -95,6 +103,7 @@ class Entry:
             "model": self.model,
             "status": self.status,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
             "chunks_sent": self.sent,
             "finished": self.outcome is Outcome.FINISHED,
@@ -123,9 +132,12 @@ class Ledger:
         billed: Sequence[int],
         request_id: bytes,
         authorization: bytes,
+        cached_tokens: int = 0,
     ) -> Entry:
         key = fingerprint(authorization)
-        entry = Entry(self._totals, self._next, path, model, status, prompt_tokens, billed, request_id, key)
+        entry = Entry(
+            self._totals, self._next, path, model, status, prompt_tokens, billed, request_id, key, cached_tokens
+        )
         self._next += 1
         self._entries.append(entry)
         return entry

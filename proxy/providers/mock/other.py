@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import orjson
 
+from proxy.providers.mock.admission import admit
 from proxy.providers.mock.ask import Json, Prompt, whole
 from proxy.providers.mock.draft import Draft, plain
 from proxy.providers.mock.refusal import Refusal, invalid
@@ -35,7 +36,8 @@ def embeddings(prompt: Prompt, count: Count) -> Draft:
         vector = _unit(f"{prompt.name}\n{text}", size)
         value = vector.tolist() if form == "float" else base64.b64encode(_little_endian(vector)).decode()
         data.append({"object": "embedding", "index": i, "embedding": value})
-    tokens = sum(count(text) if isinstance(text, str) else len(text) for text in inputs)
+    tokens = prompt.prompt_tokens = sum(count(text) if isinstance(text, str) else len(text) for text in inputs)
+    admit(prompt, count, "input")
     answer: Json = {"object": "list", "data": data, "model": prompt.model}
     if prompt.name != "no-usage":
         answer["usage"] = {"prompt_tokens": tokens, "total_tokens": tokens}

@@ -7,39 +7,52 @@ from typing import Any, Final
 
 import orjson
 
-from proxy.providers.mock.ask import Json, Prompt, choose, flag, tool_list, whole
+from proxy.providers.mock.admission import admit
+from proxy.providers.mock.ask import Json, Prompt, add_tools, choose, flag, tool_list, whole
 from proxy.providers.mock.compose import Choice, ToolCall, compose
 from proxy.providers.mock.draft import SSE, Draft, plain, sse
+from proxy.providers.mock.prefixes import Unit
 from proxy.providers.mock.refusal import Refusal, invalid
 from proxy.providers.mock.text import Count
 
 _MOST_STORED: Final = 1000
+_MOST_STORED_TOKENS: Final = 4_000_000
 
 
 class Stored:
-    """The responses kept for `GET /v1/responses/{id}`: the last thousand."""
+    """The responses kept for `GET /v1/responses/{id}`: the last thousand, or fewer with long prompts."""
 
-    def __init__(self, most: int = _MOST_STORED) -> None:
+    def __init__(self, most: int = _MOST_STORED, tokens: int = _MOST_STORED_TOKENS) -> None:
+        """`tokens`: of all their prompts together. The last one is kept however long it is."""
         self._most = most
-        self._kept: OrderedDict[str, tuple[Json, list[Any]]] = OrderedDict()
+        self._most_tokens = tokens
+        self._tokens = 0
+        self._kept: OrderedDict[str, tuple[Json, list[Any], int]] = OrderedDict()
 
-    def add(self, response: Json, items: list[Any]) -> None:
-        self._kept[response["id"]] = (response, items)
-        self._kept.move_to_end(response["id"])
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
+    def add(self, response: Json, items: list[Any], tokens: int) -> None:
+        """`tokens`: of the prompt."""
+        self._drop(response["id"])
+        self._kept[response["id"]] = (response, items, tokens)
+        self._tokens += tokens
+        while len(self._kept) > self._most or (self._tokens > self._most_tokens and len(self._kept) > 1):
+            self._drop(next(iter(self._kept)))
 
     def get(self, ident: str) -> tuple[Json, list[Any]]:
         """(the response, its input items). Raises Refusal (404)."""
         found = self._kept.get(ident)
         if found is None:
             raise Refusal(404, f"Response with id '{ident[:80]}' not found.", code=None)
-        return found
+        return found[:2]
 
     def remove(self, ident: str) -> None:
         """Raises Refusal (404)."""
         self.get(ident)
-        del self._kept[ident]
+        self._drop(ident)
+
+    def _drop(self, ident: str) -> None:
+        found = self._kept.pop(ident, None)
+        if found is not None:
+            self._tokens -= found[2]
 
 
 def responses(prompt: Prompt, count: Count, stored: Stored) -> Draft:
@@ -51,18 +64,20 @@ def responses(prompt: Prompt, count: Count, stored: Stored) -> Draft:
     prompt.tools = tool_list(body, nested=False)
     choose(prompt)
     if prompt.tools:
-        prompt.prompt_tokens += count(orjson.dumps(body["tools"]).decode()) + 9
+        add_tools(prompt, count)
     prompt.limit = whole(body, "max_output_tokens", 1, 1 << 31)
     prompt.schema = _format(body.get("text"))
     previous = body.get("previous_response_id")
     if previous is not None:
         prompt.prompt_tokens += _earlier(previous, stored)
+        prompt.units.clear()  # what stands before them is not known here any more
+    admit(prompt, count, "input")
     choice = compose(prompt, count)[0]
     final = _response(prompt, choice)
     if flag(body, "store", True):
-        stored.add(final, items)
+        stored.add(final, items, prompt.prompt_tokens)
     if not prompt.stream:
-        return plain(orjson.dumps(final), prompt.prompt_tokens, choice.total)
+        return plain(orjson.dumps(final), prompt.prompt_tokens, choice.total, cached_tokens=prompt.cached_tokens)
     return _stream(prompt, choice, final)
 
 
@@ -72,7 +87,10 @@ def read_input(prompt: Prompt, count: Count) -> list[Any]:
     instructions = prompt.body.get("instructions")
     tokens = 3
     if isinstance(instructions, str):
-        tokens += 4 + count(instructions)
+        size = 4 + count(instructions)
+        tokens += size
+        if prompt.prefixes is not None:
+            prompt.units.append(Unit.of(instructions, size, "instructions", 4, instructions))
     items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list) or not items:
         raise invalid("'input' must be a string or an array of items.", "input", "invalid_type")
@@ -80,7 +98,11 @@ def read_input(prompt: Prompt, count: Count) -> list[Any]:
         if not isinstance(item, dict):
             raise invalid("An input item must be an object.", f"input[{i}]", "invalid_type")
         text = _item_text(item)
-        tokens += 4 + count(text)
+        size = 4 + count(text)
+        tokens += size
+        prompt.texts.append(text)
+        if prompt.prefixes is not None:
+            prompt.units.append(Unit.of(item, size, str(item.get("role") or item.get("type")), 4, text))
         if item.get("role") == "user":
             prompt.last_user = text
     prompt.answers_tool = items[-1].get("type") in ("function_call_output", "custom_tool_call_output")
@@ -127,7 +149,7 @@ def _response(prompt: Prompt, choice: Choice) -> Json:
     done = choice.finish != "length"
     usage = {
         "input_tokens": prompt.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": prompt.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": choice.total,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt.prompt_tokens + choice.total,
@@ -197,7 +219,7 @@ class _Events:
 
 
 def _stream(prompt: Prompt, choice: Choice, final: Json) -> Draft:
-    draft = Draft(content_type=SSE, stream=True, prompt_tokens=prompt.prompt_tokens)
+    draft = Draft(content_type=SSE, stream=True, prompt_tokens=prompt.prompt_tokens, cached_tokens=prompt.cached_tokens)
     draft.headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
     events = _Events(draft)
     begun = {**final, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}

@@ -185,6 +185,17 @@ def test_the_command_plays_a_script_and_ends_on_an_interrupt(tmp_path: Path) -> 
         assert stop(process, signal.SIGINT) == (0, "")  # also with a stream under way
 
 
+def test_the_command_keeps_a_prompt_cache_if_asked_to() -> None:
+    process, url = start("--prompt-cache")
+    long: list[Any] = [{"role": "user", "content": "The tide turns. " * 600}]
+    with OpenAI(base_url=url, api_key="sk-test", max_retries=0) as client:
+        told = [client.chat.completions.create(model="any", messages=long).usage for _ in range(2)]
+    assert stop(process) == (0, "")
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in told if usage and usage.prompt_tokens_details]
+    assert cached[0] == 0
+    assert cached[1] == told[1].prompt_tokens // 128 * 128
+
+
 def failed(*options: str) -> list[str]:
     """What the command says before it exits with 1."""
     process, first = start(*options)
