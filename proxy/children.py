@@ -11,7 +11,6 @@ from typing import Final
 
 from proxy.budget.plan import want_of
 from proxy.budget.tab import Tab
-from proxy.context.base import Whole
 from proxy.errors import UpstreamUnavailable
 from proxy.fault_tolerance.failover import Failover
 from proxy.fault_tolerance.retry import Bounds
@@ -52,7 +51,7 @@ class Children:
         want.deadline = bounds.deadline
         async with (
             charge.child(want) as child,
-            self._failover.open(ask, Whole(ask), targets, child, record, bounds) as reply,
+            self._failover.open(ask, targets, child, record, bounds) as reply,
         ):
             answer = b""
             async for event in reply.events:

@@ -91,7 +91,7 @@ class Pipeline:
         async with hold as charge:  # 400, 429, 503
             if view.needed:
                 view.complete = partial(self.children.complete, call, tenant, charge, bounds)
-            opening = self.failover.open(ask, view, targets, charge, record, bounds)
+            opening = self.failover.open(ask, targets, charge, record, bounds, view)
             async with opening as reply:  # 429, 503, 504
                 await self._push(reply, charge, out, self.owners.claims(ask, tenant, opening.target, reply))
 

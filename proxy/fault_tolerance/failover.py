@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
-from proxy.context.base import View
+from proxy.context.base import View, Whole
 from proxy.errors import InternalError, InvalidRequest, ProxyError, UpstreamError
 from proxy.fault_tolerance.backoff import RetryBudget
 from proxy.fault_tolerance.permits import Charge, Guard, Permit
@@ -82,11 +82,17 @@ class Failover:
         return Bounds(self.now() + seconds, self._max_calls)
 
     def open(
-        self, ask: Ask, view: View, targets: Sequence[Target], charge: Charge, record: Record, bounds: Bounds
+        self,
+        ask: Ask,
+        targets: Sequence[Target],
+        charge: Charge,
+        record: Record,
+        bounds: Bounds,
+        view: View | None = None,
     ) -> Opening:
         """An async context manager over the reply. Entering it raises ProxyError: the final one, which lists the
-        attempts, or what the budget refuses the request for. `view`: what of `ask` each target gets."""
-        return Opening(self, ask, view, targets, charge, record, bounds)
+        attempts, or what the budget refuses the request for. `view`: what of `ask` each target gets; None: all."""
+        return Opening(self, ask, targets, charge, record, bounds, view or Whole(ask))
 
 
 class _Trail:
@@ -112,11 +118,11 @@ class Opening:
         self,
         failover: Failover,
         ask: Ask,
-        view: View,
         targets: Sequence[Target],
         charge: Charge,
         record: Record,
         bounds: Bounds,
+        view: View,
     ) -> None:
         self._failover = failover
         self._ask = ask
