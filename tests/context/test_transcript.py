@@ -60,6 +60,8 @@ def test_items_of_responses() -> None:
         {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "ok"}]},
         {"type": "local_shell_call", "call_id": "c3", "action": {"type": "exec", "command": ["ls"]}},
         {"type": "mcp_call", "name": "find", "arguments": "{}", "output": "found"},
+        {"type": "mcp_approval_request", "id": "a1", "name": "drop", "arguments": '{"table": "t"}'},
+        {"type": "mcp_approval_response", "approval_request_id": "a1", "approve": False},
         {"type": "computer_call_output", "output": {"type": "computer_screenshot", "image_url": "data:AAAA"}},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Done."}]},
         {"type": "novelty", "payload": "x"},
@@ -73,6 +75,8 @@ def test_items_of_responses() -> None:
         "[tool result]\n> ok\n"
         '[assistant, tool call]\n> local_shell_call {"type":"exec","command":["ls"]}\n'
         "[assistant, tool call]\n> mcp_call find {}\n[tool result]\n> found\n"
+        '[assistant, tool call]\n> mcp_approval_request drop {"table": "t"}\n'
+        "[user]\n> (not approved)\n"
         "[tool result]\n> (a screenshot)\n"
         "[assistant]\n> Done.\n"
         "[other]\n> (novelty)\n"
