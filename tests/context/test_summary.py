@@ -185,11 +185,13 @@ async def test_long_removals_are_bounded_and_leave_their_oldest_part_out() -> No
     assert "> answer 39\n" in upstream.asked()
 
 
-async def test_removals_of_many_megabytes_are_hashed_off_the_loop() -> None:
+@pytest.mark.parametrize(("turns", "chars"), [(3, 1_000_000), (1_500, 10)])
+async def test_long_conversations_are_hashed_off_the_loop_to_the_same_end(turns: int, chars: int) -> None:
     summaries, upstream = of(), Upstream()
-    one = removal([0, 1, 2], texts=["x" * 1_000_000] * 3)
+    one = removal(range(turns), texts=["x" * chars] * turns)
     assert (await told(summaries, one, upstream)).source == "made"
     assert (await told(summaries, one, upstream)).source == "kept"
+    assert "> answer 0\n" in upstream.asked() or turns > 1_000
 
 
 # --- one flight -----------------------------------------------------------------------------------------------------

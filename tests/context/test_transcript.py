@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.context.transcript import MESSAGE_BYTES, RESULT_CHARS, TEXT_CHARS, quoted, said_in, transcript
@@ -196,6 +196,7 @@ entries: Any = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(jsons | entries, max_size=6), st.sampled_from(["chat", "responses"]), st.integers(0, 2_000))
 def test_no_text_passes_for_another(values: list[Any], dialect: Any, most: int) -> None:
     text = transcript(dialect, [raw(value) for value in values], most)
@@ -206,6 +207,7 @@ def test_no_text_passes_for_another(values: list[Any], dialect: Any, most: int) 
     assert len(text) <= most + 40
 
 
+@settings(deadline=None)
 @given(hostile)
 @example("")
 @example("\n\n")
