@@ -51,8 +51,9 @@ EARLIER: Final = 8
 REMEMBERED: Final = 4_096
 LATE: Final = 0.25
 """Of the time for a summary, what must be left to whoever takes over from another."""
-HASHED_INLINE: Final = 1_048_576
-"""Bytes: about a millisecond. More is hashed in a thread."""
+INLINE_BYTES: Final = 1_048_576
+INLINE_MESSAGES: Final = 2_048
+"""About a millisecond each. Longer conversations are hashed in a thread."""
 _T = TypeVar("_T")
 
 Ask = Callable[[bytes], Awaitable[bytes]]
@@ -149,11 +150,13 @@ class Summaries:
         """
         now = asyncio.get_running_loop().time
         deadline = now() + self._seconds
-        gone = removed(atoms, cut)
-        size = sum(len(raws[position]) for position in gone)
-        covered = sum(each[position] for position in gone)
-        keys = await self._keys(tenant, dialect, raws, atoms, cut, size)
-        wanted = _Wanted(dialect, raws, atoms, cut, covered, keys)
+
+        def seen() -> _Wanted:
+            covered = sum([each[position] for position in removed(atoms, cut)])
+            return _Wanted(dialect, raws, atoms, cut, covered, keys_of(tenant, self.model, dialect, raws, atoms, cut))
+
+        short = len(raws) <= INLINE_MESSAGES and sum(map(len, raws)) <= INLINE_BYTES
+        wanted = seen() if short else await self._in_thread(seen)
         while (flight := self._flights.get(wanted.key)) is not None:
             await asyncio.wait([flight], timeout=deadline - now())
             if not flight.done():
@@ -267,14 +270,6 @@ class Summaries:
         return SummaryFailed(reason)
 
     # -- off the loop ------------------------------------------------------------------------------------------------
-
-    async def _keys(
-        self, tenant: str, dialect: Dialect, raws: Sequence[Raw], atoms: Sequence[Atom], cut: Cut, size: int
-    ) -> list[bytes]:
-        def hashed() -> list[bytes]:
-            return keys_of(tenant, self.model, dialect, raws, atoms, cut)
-
-        return hashed() if size <= HASHED_INLINE else await self._in_thread(hashed)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)

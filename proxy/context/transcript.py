@@ -152,7 +152,7 @@ def _item(kind: str, value: dict[str, Any]) -> list[Said]:
     if kind.endswith("_output"):
         return [(_RESULT, _cut(_text(value.get("output")), RESULT_CHARS))]
     said = []
-    if kind.endswith("_call"):
+    if kind.endswith(("_call", "_request")):
         # Of every kind of call that there is, these members hold what was called, and with what.
         given = [] if kind in ("function_call", "custom_tool_call") else [kind]
         given += [_text_or_json(value[member]) for member in _CALL_MEMBERS if member in value]
@@ -160,6 +160,8 @@ def _item(kind: str, value: dict[str, Any]) -> list[Said]:
         if "output" in value:  # a call that the provider itself answered
             said.append((_RESULT, _cut(_text(value["output"]), RESULT_CHARS)))
         return said
+    if kind.endswith("_response") and "approve" in value:
+        return [(_USER, "(approved)" if value["approve"] is True else "(not approved)")]
     return _message(value) or [(_OTHER, f"({kind[:_NAME_CHARS]})")]
 
 

@@ -70,6 +70,7 @@ from proxy.store.redis_circuits import RedisCircuits
 from proxy.store.registry import MAX_KEYS, KeyRegistry
 from proxy.store.registry_redis import RedisRegistry
 from proxy.store.scripts import Scripts
+from proxy.store.summaries_memory import MemorySummaries, NearSummaries
 from proxy.store.summaries_redis import RedisSummaries
 
 _JSON: Final = b"json"
@@ -271,9 +272,9 @@ class RedisStore:
         """Whose the objects are that providers keep, over the same connection."""
         return RedisOwnership(self._link, self._prefix, self._scripts.claim)
 
-    def summaries(self) -> RedisSummaries:
-        """Summaries of what was removed from conversations, over the same connection."""
-        return RedisSummaries(self._link, self._prefix)
+    def summaries(self) -> NearSummaries:
+        """Summaries of what was removed from conversations, over the same connection, behind a memory of their own."""
+        return NearSummaries(MemorySummaries(), RedisSummaries(self._link, self._prefix))
 
     async def aclose(self) -> None:
         await self._link.aclose()

@@ -83,7 +83,7 @@ class NearSummaries:
 
     def __init__(self, near: MemorySummaries, far: SummaryStore) -> None:
         self._near = near
-        self._far = far
+        self.far = far
 
     async def find(self, keys: Sequence[bytes]) -> tuple[int, str] | None:
         here = await self._near.find(keys)
@@ -91,7 +91,7 @@ class NearSummaries:
         if not earlier:
             return here
         try:
-            there = await self._far.find(earlier)
+            there = await self.far.find(earlier)
         except StoreUnavailable:
             if here is None:
                 raise
@@ -104,7 +104,7 @@ class NearSummaries:
     async def keep(self, key: bytes, text: str) -> str:
         """Raises no StoreUnavailable: what the shared store does not take is kept here."""
         try:
-            text = await self._far.keep(key, text)
+            text = await self.far.keep(key, text)
         except StoreUnavailable:
             pass
         finally:

@@ -64,6 +64,7 @@ names = st.text(st.sampled_from("a:;,1\0é"), max_size=6)
 rows = st.lists(st.binary(max_size=5) | st.sampled_from([b"1,1;", b";", b"0,", b""]), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.tuples(names, names, st.lists(rows, max_size=3)), st.tuples(names, names, st.lists(rows, max_size=3)))
 @example(("a", "b", [[b"x"]]), ("ab", "", [[b"x"]]))
 @example(("a", "b", [[b"xy", b"z"]]), ("a", "b", [[b"x", b"yz"]]))
@@ -137,7 +138,7 @@ def test_the_summary_so_far_comes_first() -> None:
     )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=200), st.none() | st.text(max_size=200))
 def test_any_text_can_be_asked_about(text: str, previous: str | None) -> None:
     material(request("small", transcript("chat", [message("user", text)], 1_000), previous))
@@ -246,6 +247,7 @@ anything: Any = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(anything.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60))
 def test_any_body_is_a_summary_or_a_failure(body: bytes) -> None:
     try:

@@ -27,7 +27,7 @@ from proxy.errors import StoreUnavailable as BudgetUnavailable
 from proxy.store.base import StoreUnavailable
 from proxy.store.redis import RedisStore
 from proxy.store.summaries import SummaryStore
-from proxy.store.summaries_memory import MemorySummaries, NearSummaries
+from proxy.store.summaries_memory import MemorySummaries
 from proxy.tokens.count import Counter
 from tests.conformance.stores import namespace
 from tests.context.removals import TOKENS, Removal, message, removal, reply
@@ -185,11 +185,13 @@ async def test_long_removals_are_bounded_and_leave_their_oldest_part_out() -> No
     assert "> answer 39\n" in upstream.asked()
 
 
-async def test_removals_of_many_megabytes_are_hashed_off_the_loop() -> None:
+@pytest.mark.parametrize(("turns", "chars"), [(3, 1_000_000), (1_500, 10)])
+async def test_long_conversations_are_hashed_off_the_loop_to_the_same_end(turns: int, chars: int) -> None:
     summaries, upstream = of(), Upstream()
-    one = removal([0, 1, 2], texts=["x" * 1_000_000] * 3)
+    one = removal(range(turns), texts=["x" * chars] * turns)
     assert (await told(summaries, one, upstream)).source == "made"
     assert (await told(summaries, one, upstream)).source == "kept"
+    assert "> answer 0\n" in upstream.asked() or turns > 1_000
 
 
 # --- one flight -----------------------------------------------------------------------------------------------------
@@ -506,10 +508,10 @@ async def test_after_a_restart_redis_still_knows(redis_server: RedisServer) -> N
     name, upstream = namespace(), Upstream()
     for _ in range(2):
         async with open_store(redis_server.url, namespace=name) as store:
-            summaries = of(NearSummaries(MemorySummaries(), store.summaries()))
+            summaries = of(store.summaries())
             assert (await told(summaries, removal([0]), upstream)).text == "Facts - 1."
     async with open_store(redis_server.url, namespace=name) as store:
-        summaries = of(NearSummaries(MemorySummaries(), store.summaries()))
+        summaries = of(store.summaries())
         await told(summaries, removal([0], [1]), upstream)
     assert upstream.calls == 2
     assert "SUMMARY SO FAR\n> Facts - 1.\n" in upstream.asked()
@@ -522,7 +524,7 @@ async def test_processes_that_make_one_at_once_tell_the_same(redis_server: Redis
         tasks = []
         for store, upstream in zip((one, two), upstreams, strict=True):
             upstream.gate = asyncio.Event()
-            summaries = of(NearSummaries(MemorySummaries(), store.summaries()))
+            summaries = of(store.summaries())
             tasks.append(asyncio.create_task(told(summaries, removal([0]), upstream)))
             await upstream.called.wait()
         for upstream in upstreams:
@@ -537,7 +539,7 @@ async def test_a_redis_that_hangs_costs_no_more_than_its_time_limit(redis_server
     async with proxy.running():
         store = RedisStore(f"redis://127.0.0.1:{proxy.port}/0", namespace=namespace(), timeout_ms=100, setup_ms=LONG_MS)
         try:
-            summaries, upstream = of(NearSummaries(MemorySummaries(), store.summaries())), Upstream()
+            summaries, upstream = of(store.summaries()), Upstream()
             proxy.swallow_replies = True
             async with asyncio.timeout(10):
                 assert (await told(summaries, removal([0], [1]), upstream)).source == "made"

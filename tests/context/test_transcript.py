@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.context.transcript import MESSAGE_BYTES, RESULT_CHARS, TEXT_CHARS, quoted, said_in, transcript
@@ -60,6 +60,8 @@ def test_items_of_responses() -> None:
         {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "ok"}]},
         {"type": "local_shell_call", "call_id": "c3", "action": {"type": "exec", "command": ["ls"]}},
         {"type": "mcp_call", "name": "find", "arguments": "{}", "output": "found"},
+        {"type": "mcp_approval_request", "id": "a1", "name": "drop", "arguments": '{"table": "t"}'},
+        {"type": "mcp_approval_response", "approval_request_id": "a1", "approve": False},
         {"type": "computer_call_output", "output": {"type": "computer_screenshot", "image_url": "data:AAAA"}},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Done."}]},
         {"type": "novelty", "payload": "x"},
@@ -73,6 +75,8 @@ def test_items_of_responses() -> None:
         "[tool result]\n> ok\n"
         '[assistant, tool call]\n> local_shell_call {"type":"exec","command":["ls"]}\n'
         "[assistant, tool call]\n> mcp_call find {}\n[tool result]\n> found\n"
+        '[assistant, tool call]\n> mcp_approval_request drop {"table": "t"}\n'
+        "[user]\n> (not approved)\n"
         "[tool result]\n> (a screenshot)\n"
         "[assistant]\n> Done.\n"
         "[other]\n> (novelty)\n"
@@ -192,6 +196,7 @@ entries: Any = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(jsons | entries, max_size=6), st.sampled_from(["chat", "responses"]), st.integers(0, 2_000))
 def test_no_text_passes_for_another(values: list[Any], dialect: Any, most: int) -> None:
     text = transcript(dialect, [raw(value) for value in values], most)
@@ -202,6 +207,7 @@ def test_no_text_passes_for_another(values: list[Any], dialect: Any, most: int) 
     assert len(text) <= most + 40
 
 
+@settings(deadline=None)
 @given(hostile)
 @example("")
 @example("\n\n")

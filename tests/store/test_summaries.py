@@ -43,8 +43,8 @@ def opening(request: pytest.FixtureRequest) -> Open:
     @asynccontextmanager
     async def in_redis() -> AsyncIterator[SummaryStore]:
         async with open_store(server.url) as store:
-            shared = store.summaries()
-            yield shared if request.param == "redis" else NearSummaries(MemorySummaries(), shared)
+            near = store.summaries()
+            yield near if request.param == "near" else near.far
 
     return in_redis
 
@@ -104,7 +104,7 @@ async def test_of_many_at_once_one_is_first(opening: Open) -> None:
 async def test_processes_see_one_text(redis_server: RedisServer) -> None:
     name = namespace()
     async with open_store(redis_server.url, namespace=name) as one, open_store(redis_server.url, namespace=name) as two:
-        first, second = one.summaries(), NearSummaries(MemorySummaries(), two.summaries())
+        first, second = one.summaries().far, two.summaries()
         assert await first.keep(key(1), "of one") == "of one"
         assert await second.keep(key(1), "of two") == "of one"
         assert await second.find([key(1)]) == (0, "of one")
@@ -119,7 +119,7 @@ async def test_keys_share_the_tag_and_end(redis_server: RedisServer) -> None:
         assert found == b"{bw:" + name.encode() + b"}sum:" + key(1).hex().encode()
         assert KEPT_SECONDS - 60 < client.ttl(found) <= KEPT_SECONDS
         client.expire(found, 60)
-        await store.summaries().keep(key(1), "another")
+        await store.summaries().keep(key(1), "another")  # without a memory of the first
         assert client.ttl(found) <= 60
 
 
@@ -133,7 +133,7 @@ async def test_namespaces_share_no_summary(redis_server: RedisServer) -> None:
 async def test_what_is_no_summary_is_none(redis_server: RedisServer, spoilt: bytes | None) -> None:
     name = namespace()
     async with open_store(redis_server.url, namespace=name) as store:
-        one = store.summaries()
+        one = store.summaries().far
         await one.keep(key(1), "text")
         await one.keep(key(2), "earlier")
         client = redis_server.client()
@@ -156,7 +156,7 @@ async def test_what_is_no_summary_is_none(redis_server: RedisServer, spoilt: byt
 async def test_a_server_that_is_away_is_said_to_be() -> None:
     store = RedisStore("redis://127.0.0.1:1/0", timeout_ms=200)
     try:
-        for asked in (store.summaries().find([key(1)]), store.summaries().keep(key(1), "text")):
+        for asked in (store.summaries().find([key(1)]), store.summaries().far.keep(key(1), "text")):
             with pytest.raises(StoreUnavailable):
                 await asked
     finally:
@@ -168,7 +168,7 @@ async def test_a_server_that_hangs_costs_its_own_time_limit(redis_server: RedisS
     async with proxy.running():
         store = RedisStore(f"redis://127.0.0.1:{proxy.port}/0", namespace=namespace(), timeout_ms=300)
         try:
-            one = store.summaries()
+            one = store.summaries().far
             await one.keep(key(1), "text")
             proxy.swallow_replies = True
             for asked in (one.find([key(1)]), one.keep(key(2), "text")):
