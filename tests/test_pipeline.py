@@ -10,6 +10,8 @@ import pytest
 
 from proxy.budget.plan import want_of
 from proxy.catalog import Catalog
+from proxy.context.settings import ContextSettings
+from proxy.context.view import Context
 from proxy.edge.auth import KeyedTenants, Keyless
 from proxy.errors import (
     InvalidKey,
@@ -27,6 +29,7 @@ from proxy.pipeline import Pipeline
 from proxy.providers.openai import Timeouts
 from proxy.routing import Route, Routing
 from proxy.store.ownership_memory import MemoryOwnership
+from proxy.tokens.count import Counter
 from proxy.transport.answer import NEVER, Answer, End, Outcome
 from proxy.types import Ask, Call, Event, Record, Target, Tenant, Usage
 from tests.budget.scene import RATES, Scene
@@ -51,7 +54,17 @@ def pipeline(upstream: Upstream, **more: Any) -> Pipeline:
     budget = Scene(rates={"up": RATES}).budget
     owners = Owners(MemoryOwnership(), strict=False, providers=providers, emit=lambda notice: None)
     failover = failover_of(providers, max_attempts=1)
-    return Pipeline(Keyless(), routing, failover, catalog, budget, owners, tenants_configured=False, clock=clock)
+    context = Context(
+        Counter(),
+        ContextSettings(),
+        window=lambda target: None,
+        tokens_per_minute=lambda tenant, key: None,
+        emit=lambda notice: None,
+        clock=clock,
+    )
+    return Pipeline(
+        Keyless(), routing, failover, catalog, context, budget, owners, tenants_configured=False, clock=clock
+    )
 
 
 async def handled(one: Pipeline, sent: Call, client: Receiver) -> None:
