@@ -40,6 +40,7 @@ Found = tuple[int, list[str]]
 """Tokens that are no text, and the texts."""
 
 BROKEN: Final = object()
+"""In place of a value: the bytes are not JSON after all."""
 
 _decode = msgspec.json.decode
 _NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
