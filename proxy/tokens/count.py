@@ -31,6 +31,8 @@ INLINE_BYTES: Final = 16_384
 LOOP_BYTES: Final = 786_432
 LOOP_MESSAGES: Final = 2048
 """Up to both of these, splitting and hashing hold the loop for about 2 ms."""
+CROWD_BYTES: Final = 131_072
+"""Fewer bytes are taken apart in a few milliseconds, whatever they are."""
 
 T = TypeVar("T")
 
@@ -80,7 +82,7 @@ class Counter:
             return fixed + await self._count_texts([text for _, texts in found for text in texts], vocabulary)
         size = sum(map(len, raws))
         prompt = prompts.Prompt(fixed=prompts.REPLY_TOKENS, messages=raws, size=size + len(raws))
-        return _texts_of(await self._measure(prompt, size, vocabulary, ""))
+        return _texts_of(await self._measure(prompt, size, vocabulary, family_of("")))
 
     async def count_prompt(self, dialect: Dialect, fields: Mapping[str, Raw], encoding: str) -> int:
         """Tokens of the texts of a prompt, of several prompts all: `measure` without the media."""
@@ -101,7 +103,7 @@ class Counter:
         vocabulary = self._vocabularies.ready(encoding) or await self._vocabularies.get(encoding)
         family = family_of(model)
         size = prompts.size_of(dialect, fields)
-        if size > LOOP_BYTES:
+        if size > LOOP_BYTES or (size > CROWD_BYTES and prompts.crowded(dialect, fields)):
             return await self._in_thread(
                 lambda tally: self._all(prompts.take_apart(dialect, fields), vocabulary, family, tally), vocabulary
             )

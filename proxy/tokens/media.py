@@ -91,18 +91,17 @@ def media_of(dialect: Dialect, fields: Mapping[str, Raw], model: str) -> Media:
 
 
 def standing_in(dialect: Dialect, fields: Mapping[str, Raw]) -> bool:
-    """Media may stand in the prompt. False is certain; a scan of 1 MB takes about 1 ms."""
+    """Media may stand in the prompt. False is certain; a scan takes 0.6 ms a megabyte, or 2 ms where tools are used."""
     raw = fields.get(_MEMBERS.get(dialect, ""))
     return raw is not None and marked(bytes(raw))
 
 
 def marked(body: bytes) -> bool:
     """The bytes of a message, or of several, name a kind of part that is no text. Without it there are no media."""
-    return (
-        (b"image" in body and (b'"image_url"' in body or b'"input_image"' in body))
-        or (b"audio" in body and b'"input_audio"' in body)
-        or b'"file"' in body
-        or b'"input_file"' in body
+    return b'"type"' in body and (
+        b'"image_url"' in body
+        or (b'file"' in body and (b'"file"' in body or b'"input_file"' in body))
+        or (b'"input_' in body and (b'"input_image"' in body or b'"input_audio"' in body))
     )
 
 

@@ -24,6 +24,7 @@ SYSTEM_WITH_TOOLS: Final = -4
 """A system message and the list of tools share their frame."""
 MANY: Final = 65_536
 """Of more messages than this, an even selection is counted and scaled up."""
+CROWD: Final = 32_768
 
 _NO_SCHEMA: Final = len('{"type":"json_object"}')
 PART_BYTES: Final = 1_048_576
@@ -67,6 +68,13 @@ _MEMBERS: Final[dict[Dialect, tuple[str, ...]]] = {
 def size_of(dialect: Dialect, fields: Mapping[str, Raw]) -> int:
     """Bytes of the members that hold prompt text."""
     return sum(len(fields[name]) for name in _MEMBERS.get(dialect, ()) if name in fields)
+
+
+def crowded(dialect: Dialect, fields: Mapping[str, Raw]) -> bool:
+    """There may be so many elements that taking them apart takes more than a few milliseconds, however short they are.
+    Every one but the first has a comma before it."""
+    commas = sum(bytes(fields[name]).count(b",") for name in _MEMBERS.get(dialect, ()) if name in fields)
+    return commas > CROWD
 
 
 def take_apart(dialect: Dialect, fields: Mapping[str, Raw]) -> Prompt:

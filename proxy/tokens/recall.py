@@ -153,7 +153,7 @@ class Recall:
     def _unit(self, key: bytes, kind: bytes, raw: Raw, tally: Tally) -> tuple[int, int]:
         """Its tokens; and if it is several prompts, those of the largest, else the same again."""
         guesses = tally.guesses
-        every = walks.each_prompt(walks.decoded(raw)) if kind == walks.PROMPT else [walks.texts(kind, raw)]
+        every = walks.each_prompt(raw) if kind == walks.PROMPT else [walks.texts(kind, raw)]
         counts = [extra + sum(map(tally.add, texts)) for extra, texts in every]
         total, largest = sum(counts), max(counts, default=0)
         if tally.guesses == guesses:

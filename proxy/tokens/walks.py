@@ -40,6 +40,7 @@ Found = tuple[int, list[str]]
 """Tokens that are no text, and the texts."""
 
 BROKEN: Final = object()
+"""In place of a value: the bytes are not JSON after all."""
 
 _decode = msgspec.json.decode
 _NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -125,8 +126,13 @@ def _call(call: Any, found: list[str]) -> int:
     return CALL_TOKENS
 
 
-def each_prompt(value: Any) -> list[Found]:
+def each_prompt(raw: Raw) -> list[Found]:
     """The prompts in `prompt` or `input`: a text, a list of token ids, or a list of either; each is answered alone."""
+    value = decoded(raw)
+    return [(0, [plain(raw)])] if value is BROKEN else _prompts(value)
+
+
+def _prompts(value: Any) -> list[Found]:
     found: list[Found] = []
     ids = 0
     for entry in value if isinstance(value, list) else (value,):
@@ -140,7 +146,7 @@ def each_prompt(value: Any) -> list[Found]:
 
 
 def _prompt(value: Any) -> Found:
-    every = each_prompt(value)
+    every = _prompts(value)
     return sum(ids for ids, _ in every), [text for _, texts in every for text in texts]
 
 
