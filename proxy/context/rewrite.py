@@ -54,9 +54,12 @@ def marker(cut: Cut, each: Sequence[int], atoms: Sequence[Atom]) -> str:
     """The note that says what was removed. It depends on the cut alone, and so stays the same while the cut does."""
     dropped = [atoms[k] for stage in cut.stages for k in stage]
     messages = sum(atom.end - atom.start for atom in dropped)
-    tokens = sum(sum(each[atom.start : atom.end]) for atom in dropped)
+    return removal(messages, sum(sum(each[atom.start : atom.end]) for atom in dropped), len(cut.masked))
+
+
+def removal(messages: int, tokens: int, masked: int = 0) -> str:
+    """The same, given the number of dropped messages, of the tokens in them, and of masked outputs."""
     what = f"{_number(messages, 'earlier message')} ({_number(tokens, 'token')})"
-    masked = len(cut.masked)
     if masked:
         what += f" and the contents of {_number(masked, 'tool output')}"
     return f"[breakwater] {what} {'were' if masked or messages != 1 else 'was'} removed to fit the context window."

@@ -304,9 +304,9 @@ def ties(dialect: Dialect, messages: Sequence[Message]) -> Iterator[tuple[int, i
     """(call, result) and (reasoning, what follows it), as positions. Raises ValueError where something is left open."""
     waiting: list[tuple[str, int]] = []
     for at, message in enumerate(messages):
-        kind = message.get("type", "")
+        kind = message.get("type") or ""
         key = _answers(message)
-        if key:
+        if key is not None:
             mates = [mate for mate in waiting if mate[0] == key]
             if not mates:
                 raise ValueError(f"{at} answers nothing")
@@ -315,7 +315,7 @@ def ties(dialect: Dialect, messages: Sequence[Message]) -> Iterator[tuple[int, i
         waiting += [(made["id"], at) for made in message.get("tool_calls") or ()]
         if message.get("function_call"):
             waiting.append((message["function_call"]["name"], at))
-        if kind.endswith("_call") and kind not in HOSTED:
+        if kind.endswith("_call") and isinstance(message.get("call_id"), str):
             waiting.append((message["call_id"], at))
         if kind == "mcp_approval_request":
             waiting.append((message["id"], at))
@@ -325,12 +325,12 @@ def ties(dialect: Dialect, messages: Sequence[Message]) -> Iterator[tuple[int, i
         raise ValueError(f"{waiting} have no answer")
 
 
-def _answers(message: Message) -> str:
+def _answers(message: Message) -> str | None:
     """The id, or the name, of what a message answers."""
-    if message.get("role") == "tool":
+    if message.get("role") == "tool" and "type" not in message:
         return str(message["tool_call_id"])
     if message.get("role") == "function":
         return str(message["name"])
     if message.get("type") == "mcp_approval_response":
         return str(message["approval_request_id"])
-    return str(message["call_id"]) if message.get("type", "").endswith("_output") else ""
+    return str(message["call_id"]) if (message.get("type") or "").endswith("_output") else None
