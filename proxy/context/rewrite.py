@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from proxy.context.atoms import INSTRUCTIONS, Atom, Dialect, Raw
+from proxy.context.atoms import Atom, Dialect, Raw, leading
 from proxy.context.trim import Cut
 
 MARKER_TOKENS: Final = 41
@@ -42,12 +42,11 @@ _encode = msgspec.json.Encoder().encode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class _Head(msgspec.Struct, gc=False):
-    role: Any = None
-    type: Any = None
+class _Typed(msgspec.Struct, gc=False):
+    type: str | None = None
 
 
-_head = msgspec.json.Decoder(_Head).decode
+_typed = msgspec.json.Decoder(_Typed).decode
 
 
 def marker(cut: Cut, each: Sequence[int], atoms: Sequence[Atom]) -> str:
@@ -88,18 +87,8 @@ def rewritten(
                 for at in masked.intersection(atom.outputs):
                     kept[first + at] = _masked(dialect, raws[at], each[at])
     if dropped and note is not None:
-        kept.insert(_leading(dialect, raws), _encode({"role": "user", "content": note}))
+        kept.insert(leading(dialect, raws), _encode({"role": "user", "content": note}))
     return b"[" + b",".join(kept) + b"]"
-
-
-def _leading(dialect: Dialect, raws: Sequence[Raw]) -> int:
-    """How many system and developer messages stand at the start. None of them is ever dropped."""
-    for at, raw in enumerate(raws):
-        head = _head(raw)
-        is_message = dialect == "chat" or head.type in (None, "message")
-        if not is_message or head.role not in INSTRUCTIONS:
-            return at
-    return len(raws)
 
 
 def _masked(dialect: Dialect, raw: Raw, tokens: int) -> bytes:
@@ -136,13 +125,13 @@ def _left_over(dialect: Dialect, raw: Raw, most: int) -> int:
     """Tokens of what masking leaves beside the frame: a token has at least one byte. `most` if there is no masking."""
     try:
         members = _members(raw)
-        kind = _head(raw).type
+        kind = _typed(raw).type if dialect == "responses" else None
     except _NOT_READABLE:
         return most
     content = members.pop(_content(dialect), None)
     if content is None:
         return most
-    starts = (_TEXT, _LIST) if dialect == "chat" else _MASKABLE.get(kind, ())
+    starts = (_TEXT, _LIST) if dialect == "chat" else _MASKABLE.get(kind or "", ())
     if memoryview(content)[0] not in starts:
         return most
     free = _FREE[dialect]

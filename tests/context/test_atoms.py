@@ -1,4 +1,4 @@
-"""What of a conversation belongs together, and which conversations are not understood: by hand, one by one."""
+"""What of a conversation belongs together, by hand, one by one."""
 
 from __future__ import annotations
 
@@ -8,45 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy.context.atoms import Atom, Dialect, Untrimmable, atoms_of
-
-SYSTEM = {"role": "system", "content": "s"}
-USER = {"role": "user", "content": "u"}
-SAYS = {"role": "assistant", "content": "a"}
-THINKS = {"type": "reasoning", "id": "rs_1", "summary": []}
-SPOKE = {"type": "message", "role": "assistant", "content": []}
-
-
-def calls(*ids: str, **more: Any) -> dict[str, Any]:
-    made = [{"id": one, "type": "function", "function": {"name": "f", "arguments": "{}"}} for one in ids]
-    return {"role": "assistant", "content": None, "tool_calls": made, **more}
-
-
-def result(of: str) -> dict[str, Any]:
-    return {"role": "tool", "tool_call_id": of, "content": "r"}
-
-
-def call(call_id: str, kind: str = "function_call", **more: Any) -> dict[str, Any]:
-    return {"type": kind, "id": "fc_1", "call_id": call_id, "name": "f", "arguments": "{}", **more}
-
-
-def output(call_id: str, kind: str = "function_call_output", **more: Any) -> dict[str, Any]:
-    return {"type": kind, "call_id": call_id, "output": "o", **more}
-
-
-def atoms(dialect: Dialect, *messages: Any) -> list[Atom]:
-    return atoms_of(dialect, [json.dumps(message).encode() for message in messages])
-
-
-def spans(dialect: Dialect, *messages: Any) -> list[tuple[int, int]]:
-    return [(atom.start, atom.end) for atom in atoms(dialect, *messages)]
-
-
-def refusal(dialect: Dialect, *messages: Any) -> tuple[str, int | None]:
-    with pytest.raises(Untrimmable) as raised:
-        atoms(dialect, *messages)
-    return raised.value.reason, raised.value.position
-
+from proxy.context.atoms import Atom, Dialect, atoms_of
+from tests.context.pieces import SAYS, SPOKE, SYSTEM, THINKS, USER, atoms, call, calls, output, refusal, result, spans
 
 # -- chat ------------------------------------------------------------------------------------------------------------
 
@@ -79,6 +42,10 @@ def test_no_calls_are_no_tie() -> None:
 def test_an_id_that_comes_back_is_that_of_the_latest_call() -> None:
     turn = (calls("call_0"), result("call_0"))
     assert spans("chat", USER, *turn, *turn, SAYS, *turn) == [(0, 1), (1, 3), (3, 5), (5, 6), (6, 8)]
+
+
+def test_the_call_that_was_left_is_the_earlier_one() -> None:
+    assert refusal("chat", USER, calls("a"), calls("a"), result("a")) == ("unanswered_call", 1)
 
 
 def test_one_id_for_two_calls_of_a_message_needs_two_results() -> None:
@@ -224,84 +191,7 @@ def test_what_is_only_referred_to_cannot_be_counted(reference: Any) -> None:
     assert refusal("responses", USER, reference) == ("stored_item", 1)
 
 
-# -- what is not understood ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("message", "reason"),
-    [
-        (result("z"), "orphan_result"),
-        ({"role": "tool", "content": "r"}, "orphan_result"),
-        ({"role": "tool", "tool_call_id": None}, "orphan_result"),
-        ({"role": "tool", "tool_call_id": 7}, "malformed"),
-        ({"role": "function", "name": None}, "orphan_result"),
-        (calls("z"), "unanswered_call"),
-        (calls("z", role="user"), "malformed"),
-        ({"role": "assistant", "tool_calls": [{"type": "function"}]}, "malformed"),
-        ({"role": "assistant", "tool_calls": [{"id": 7}]}, "malformed"),
-        ({"role": "assistant", "tool_calls": [None]}, "malformed"),
-        ({"role": "assistant", "tool_calls": {"id": "a"}}, "malformed"),
-        ({"role": "assistant", "function_call": "auto"}, "malformed"),
-        ({"role": "assistant", "function_call": {}}, "malformed"),
-        ({"role": "critic", "content": "c"}, "unknown_role"),
-        ({"role": "User", "content": "c"}, "unknown_role"),
-        ({"role": ["user"], "content": "c"}, "unknown_role"),
-        ({"content": "c"}, "unknown_role"),
-        ({}, "unknown_role"),
-        (None, "not_an_object"),
-        ("user", "not_an_object"),
-        ([USER], "not_an_object"),
-        (1.5, "not_an_object"),
-    ],
-)
-def test_a_chat_that_is_not_understood(message: Any, reason: str) -> None:
-    assert refusal("chat", USER, SAYS, message) == (reason, 2)
-
-
-@pytest.mark.parametrize(
-    ("item", "reason"),
-    [
-        ({"type": "function_call", "name": "f"}, "malformed"),
-        ({"type": "function_call", "call_id": 1}, "malformed"),
-        ({"type": "function_call_output", "output": "o"}, "orphan_result"),
-        ({"type": "message", "content": "u"}, "unknown_role"),
-        ({"type": "message", "role": "tool", "content": "u"}, "unknown_role"),
-        ({"role": "critic", "content": "u"}, "unknown_role"),
-        ({"content": "u"}, "unknown_role"),
-        ({"type": 5, "role": "user"}, "malformed"),
-        ("user", "not_an_object"),
-        (None, "not_an_object"),
-    ],
-)
-def test_items_that_are_not_understood(item: Any, reason: str) -> None:
-    assert refusal("responses", USER, USER, item) == (reason, 2)
-
-
-def test_results_that_come_before_their_call_are_orphans() -> None:
-    assert refusal("chat", result("a"), calls("a")) == ("orphan_result", 0)
-
-
-@pytest.mark.parametrize(
-    ("raw", "reason"),
-    [
-        (b'{"role": "user", "content": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "malformed"),
-        (b"[" * 100_000 + b"]" * 100_000, "not_an_object"),
-        (b'{"role": 1e999}', "malformed"),
-        (b'{"role": ' + b"1" * 5000 + b"}", "malformed"),
-        (b'{"role": "\\ud800"}', "malformed"),
-        (b'{"role": "user", "content": NaN}', "malformed"),
-        (b'{"role": "\xff"}', "malformed"),
-        (b'{"role": "user"', "malformed"),
-        (b"", "not_an_object"),
-        (b"\x00", "not_an_object"),
-    ],
-)
-@pytest.mark.parametrize("dialect", ["chat", "responses"])
-def test_what_cannot_be_read(dialect: Dialect, raw: bytes, reason: str) -> None:
-    user = json.dumps(USER).encode()
-    with pytest.raises(Untrimmable) as raised:
-        atoms_of(dialect, [user, raw, user])
-    assert (raised.value.reason, raised.value.position) == (reason, 1)
+# -- both ------------------------------------------------------------------------------------------------------------
 
 
 def test_of_a_member_that_is_there_twice_the_last_one_counts() -> None:

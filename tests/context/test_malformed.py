@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from proxy.context.atoms import Atom, Dialect, Untrimmable, atoms_of
 from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, rewritten
 from proxy.context.trim import trim
-from tests.context.conversations import ties, written
+from tests.context.conversations import written
+from tests.context.judged import ties
 from tests.faults.fleet import LONG
 
 REASONS = {

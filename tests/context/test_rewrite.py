@@ -101,6 +101,14 @@ def test_only_messages_are_instructions_among_items() -> None:
     assert [entry.get("content") for entry in json.loads(out)] == [None, "NOTE", None]
 
 
+def test_members_that_nobody_asked_about_may_be_odd() -> None:
+    raws = [b'{"role":"system","type":1e999}', b'{"role":"user","type":1e999}', b'{"role":"user"}']
+    out = rewritten("chat", raws, atoms_of("chat", raws), removed((1,)), None, [1] * 3)
+    assert out == b"[" + raws[0] + b"," + raws[2] + b"]"
+    told = rewritten("chat", raws, atoms_of("chat", raws), removed((1,)), "NOTE", [1] * 3)
+    assert told == b"[" + raws[0] + b',{"role":"user","content":"NOTE"},' + raws[2] + b"]"
+
+
 def test_what_stays_keeps_its_bytes() -> None:
     raws = [b'{ "role":"system" , "content":"\\u0041\\ud83d\\ude42" }', b'{"role":"user"}', b'{"role":"user","n":1.50}']
     out = rewritten("chat", raws, [Atom(at, at + 1) for at in range(3)], removed((1,)), 'a "note"\n', [1] * 3)
