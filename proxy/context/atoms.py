@@ -50,6 +50,11 @@ class Untrimmable(Exception):
 
 
 INSTRUCTIONS: Final = ("system", "developer")
+"""Roles whose messages are never removed."""
+_PINNED: Final = 1
+_USER: Final = 2
+_OUTPUT: Final = 4
+
 _ABSENT: Final = msgspec.Raw(b"null")
 _LIST: Final = ord("[")
 _MARK: Final = b'cache_control"'
@@ -57,14 +62,7 @@ _NOT_READABLE: Final = (ValueError, RecursionError, OverflowError)
 """msgspec's errors and those of Unicode are kinds of ValueError."""
 
 _ANSWERED: Final = frozenset(
-    (
-        "function_call",
-        "custom_tool_call",
-        "computer_call",
-        "local_shell_call",
-        "shell_call",
-        "apply_patch_call",
-    )
+    ["function_call", "custom_tool_call", "computer_call", "local_shell_call", "shell_call", "apply_patch_call"]
 )
 """Calls that the client runs. Any other type that ends in `_call` is one of them if it has a `call_id`."""
 
@@ -135,16 +133,13 @@ def _decoded(decode: Callable[[Raw], _Entry], raws: Sequence[Raw]) -> list[_Entr
 class _Ties:
     """What holds messages together, filled in from the first to the last."""
 
-    __slots__ = ("calls", "ends", "outputs", "pinned", "user")
+    __slots__ = ("calls", "ends", "flags")
 
     def __init__(self, size: int) -> None:
         self.ends = list(range(size))
         """Each message is tied to all up to this one."""
-        self.pinned = bytearray(size)
-        self.user = bytearray(size)
-        """1 for each message that is one, else 0."""
-        self.outputs: list[int] = []
-        """Positions, ascending."""
+        self.flags = bytearray(size)
+        """What each message is: a sum of `_PINNED`, `_USER` and `_OUTPUT`."""
         self.calls: dict[object, list[int]] = {}
         """Key of a call: positions of those that no result has answered yet. Keys stay when all are answered."""
 
@@ -163,44 +158,42 @@ class _Ties:
         if unanswered:
             raise Untrimmable("unanswered_call", min(unanswered))
         found = []
-        ends, pinned, user, outputs = self.ends, self.pinned, self.user, self.outputs
+        ends, flags = self.ends, self.flags
         start, size = 0, len(ends)
-        output = 0
         while start < size:
             last = ends[start]
+            flag = flags[start]
             if last == start:
-                found.append(Atom(start, start + 1, pinned[start] == 1, user[start] == 1))
+                found.append(Atom(start, start + 1, flag & _PINNED != 0, flag & _USER != 0))
                 start += 1
                 continue
+            outputs = []
             at = start
             while at < last:
                 at += 1
-                if ends[at] > last:
-                    last = ends[at]
-            end = last + 1
-            first = output
-            while output < len(outputs) and outputs[output] < end:
-                output += 1
-            is_pinned, is_user = pinned.find(1, start, end) >= 0, user.find(1, start, end) >= 0
-            found.append(Atom(start, end, is_pinned, is_user, tuple(outputs[first:output])))
-            start = end
+                last = ends[at] if ends[at] > last else last
+                flag |= flags[at]
+                if flags[at] & _OUTPUT:
+                    outputs.append(at)
+            found.append(Atom(start, at + 1, flag & _PINNED != 0, flag & _USER != 0, tuple(outputs)))
+            start = at + 1
         return found
 
 
 def _read_messages(ties: _Ties, messages: list[_ChatMessage]) -> None:
-    call, answer, outputs = ties.call, ties.answer, ties.outputs
+    call, answer, flags = ties.call, ties.answer, ties.flags
     for at, message in enumerate(messages):
         role = message.role
         if role == "tool":
             answer(message.tool_call_id, at)
-            outputs.append(at)
+            flags[at] = _OUTPUT
         elif role == "user":
-            ties.user[at] = 1
+            flags[at] = _USER
         elif role == "function":
             answer(("function", message.name) if isinstance(message.name, str) else None, at)
-            outputs.append(at)
+            flags[at] = _OUTPUT
         elif role in INSTRUCTIONS:
-            ties.pinned[at] = 1
+            flags[at] = _PINNED
         elif role != "assistant":
             raise Untrimmable("unknown_role", at)
         if message.tool_calls or message.function_call:
@@ -210,8 +203,8 @@ def _read_messages(ties: _Ties, messages: list[_ChatMessage]) -> None:
                 call(made.id, at)
             if message.function_call:
                 call(("function", message.function_call.name), at)
-        if message.cache_control is not None or (memoryview(message.content)[0] == _LIST and _marked(message.content)):
-            ties.pinned[at] = 1
+        if message.cache_control is not None or _marked(message.content):
+            flags[at] |= _PINNED
 
 
 def _read_items(ties: _Ties, items: list[_Item]) -> None:
@@ -227,12 +220,8 @@ def _read_items(ties: _Ties, items: list[_Item]) -> None:
         if follows_reasoning or (model and follows_model):
             ties.ends[at - 1] = at
         follows_reasoning, follows_model = kind == "reasoning", model
-        if (
-            item.cache_control is not None
-            or (memoryview(item.content)[0] == _LIST and _marked(item.content))
-            or (memoryview(item.output)[0] == _LIST and _marked(item.output))
-        ):
-            ties.pinned[at] = 1
+        if item.cache_control is not None or _marked(item.content) or _marked(item.output):
+            ties.flags[at] |= _PINNED
 
 
 def _read_easy(ties: _Ties, at: int, role: object) -> bool:
@@ -240,9 +229,9 @@ def _read_easy(ties: _Ties, at: int, role: object) -> bool:
     if role == "assistant":
         return True
     if role == "user":
-        ties.user[at] = 1
+        ties.flags[at] = _USER
     elif role in INSTRUCTIONS:
-        ties.pinned[at] = 1
+        ties.flags[at] = _PINNED
     else:
         raise Untrimmable("unknown_role", at)
     return False
@@ -263,7 +252,7 @@ def _read_typed(ties: _Ties, at: int, kind: str, item: _Item) -> bool:
         if kind == "local_shell_call_output" and key is None:
             key = item.id  # as the API's reference has it; others send a `call_id`
         ties.answer(key, at)
-        ties.outputs.append(at)
+        ties.flags[at] = _OUTPUT
     elif kind == "mcp_approval_request":
         if item.id is None:
             raise Untrimmable("malformed", at)
@@ -274,14 +263,26 @@ def _read_typed(ties: _Ties, at: int, kind: str, item: _Item) -> bool:
     elif kind == "item_reference":
         raise Untrimmable("stored_item", at)
     elif "compaction" in kind or kind == "summary":
-        ties.pinned[at] = 1
+        ties.flags[at] = _PINNED
     return kind in ("reasoning", "mcp_list_tools")
 
 
-def _marked(parts: Raw) -> bool:
+def leading(dialect: Dialect, raws: Sequence[Raw]) -> int:
+    """How many system and developer messages stand at the start of an array that has atoms."""
+    for at, raw in enumerate(raws):
+        if dialect == "chat":
+            role = _chat_message(raw).role
+        else:
+            item = _item(raw)
+            role = item.role if item.type in (None, "message") else None
+        if role not in INSTRUCTIONS:
+            return at
+    return len(raws)
+
+
+def _marked(content: msgspec.Raw) -> bool:
     """Some part carries a `cache_control`; a text that only speaks of it does not."""
-    raw = bytes(parts)
-    if _MARK not in raw:
+    if memoryview(content)[0] != _LIST or _MARK not in (raw := bytes(content)):
         return False
     try:
         rest = [msgspec.json.decode(raw)]

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from proxy.context.atoms import INSTRUCTIONS, Atom, Dialect, Raw
+from proxy.context.atoms import Atom, Dialect, Raw, leading
 from proxy.context.trim import Cut
 
 MARKER_TOKENS: Final = 41
@@ -42,21 +42,23 @@ _encode = msgspec.json.Encoder().encode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class _Head(msgspec.Struct, gc=False):
-    role: Any = None
-    type: Any = None
+class _Typed(msgspec.Struct, gc=False):
+    type: str | None = None
 
 
-_head = msgspec.json.Decoder(_Head).decode
+_typed = msgspec.json.Decoder(_Typed).decode
 
 
 def marker(cut: Cut, each: Sequence[int], atoms: Sequence[Atom]) -> str:
     """The note that says what was removed. It depends on the cut alone, and so stays the same while the cut does."""
     dropped = [atoms[k] for stage in cut.stages for k in stage]
     messages = sum(atom.end - atom.start for atom in dropped)
-    tokens = sum(sum(each[atom.start : atom.end]) for atom in dropped)
+    return removal(messages, sum(sum(each[atom.start : atom.end]) for atom in dropped), len(cut.masked))
+
+
+def removal(messages: int, tokens: int, masked: int = 0) -> str:
+    """The same, given the number of dropped messages, of the tokens in them, and of masked outputs."""
     what = f"{_number(messages, 'earlier message')} ({_number(tokens, 'token')})"
-    masked = len(cut.masked)
     if masked:
         what += f" and the contents of {_number(masked, 'tool output')}"
     return f"[breakwater] {what} {'were' if masked or messages != 1 else 'was'} removed to fit the context window."
@@ -85,18 +87,8 @@ def rewritten(
                 for at in masked.intersection(atom.outputs):
                     kept[first + at] = _masked(dialect, raws[at], each[at])
     if dropped and note is not None:
-        kept.insert(_leading(dialect, raws), _encode({"role": "user", "content": note}))
+        kept.insert(leading(dialect, raws), _encode({"role": "user", "content": note}))
     return b"[" + b",".join(kept) + b"]"
-
-
-def _leading(dialect: Dialect, raws: Sequence[Raw]) -> int:
-    """How many system and developer messages stand at the start. None of them is ever dropped."""
-    for at, raw in enumerate(raws):
-        head = _head(raw)
-        is_message = dialect == "chat" or head.type in (None, "message")
-        if not is_message or head.role not in INSTRUCTIONS:
-            return at
-    return len(raws)
 
 
 def _masked(dialect: Dialect, raw: Raw, tokens: int) -> bytes:
@@ -133,13 +125,13 @@ def _left_over(dialect: Dialect, raw: Raw, most: int) -> int:
     """Tokens of what masking leaves beside the frame: a token has at least one byte. `most` if there is no masking."""
     try:
         members = _members(raw)
-        kind = _head(raw).type
+        kind = _typed(raw).type if dialect == "responses" else None
     except _NOT_READABLE:
         return most
     content = members.pop(_content(dialect), None)
     if content is None:
         return most
-    starts = (_TEXT, _LIST) if dialect == "chat" else _MASKABLE.get(kind, ())
+    starts = (_TEXT, _LIST) if dialect == "chat" else _MASKABLE.get(kind or "", ())
     if memoryview(content)[0] not in starts:
         return most
     free = _FREE[dialect]

@@ -1,4 +1,4 @@
-"""Conversations as clients send them, of both dialects, out of lists of small numbers; and what is to be said of any.
+"""Conversations as clients send them, of both dialects, out of lists of small numbers.
 
 A conversation is drawn as a list of numbers, one for each step, so that a failing one shrinks to few and plain steps.
 Each number says what kind of step it is, and seeds what stands in it.
@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Final
 
 from hypothesis import strategies as st
 
 from proxy.context.atoms import Dialect
-from proxy.tokens import walks
-
-Message = dict[str, Any]
+from tests.context.judged import Message, tokens
 
 TEXTS: Final = (
     "",
@@ -288,49 +285,3 @@ def cases(draw: st.DrawFn, dialect: Dialect) -> Case:
     fixed = draw(st.integers(0, 300))
     high = (fixed + sum(map(tokens, raws))) * per_mille // 1000
     return Case(dialect, messages, raws, fixed, high, high * low // 1000, draw(st.booleans()))
-
-
-@lru_cache(maxsize=65_536)
-def tokens(raw: bytes) -> int:
-    """As the counter would have it, but that every four characters of a text are a token."""
-    extra, texts = walks.texts(walks.MESSAGE, raw)
-    return extra + sum(-(-len(text) // 4) for text in texts)
-
-
-# -- what can be said of a conversation without asking the code under test -------------------------------------------
-
-
-def ties(dialect: Dialect, messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
-    """(call, result) and (reasoning, what follows it), as positions. Raises ValueError where something is left open."""
-    waiting: list[tuple[str, int]] = []
-    for at, message in enumerate(messages):
-        kind = message.get("type", "")
-        key = _answers(message)
-        if key:
-            mates = [mate for mate in waiting if mate[0] == key]
-            if not mates:
-                raise ValueError(f"{at} answers nothing")
-            waiting.remove(mates[-1])  # those of one message are alike
-            yield mates[-1][1], at
-        waiting += [(made["id"], at) for made in message.get("tool_calls") or ()]
-        if message.get("function_call"):
-            waiting.append((message["function_call"]["name"], at))
-        if kind.endswith("_call") and kind not in HOSTED:
-            waiting.append((message["call_id"], at))
-        if kind == "mcp_approval_request":
-            waiting.append((message["id"], at))
-        if kind == "reasoning" and at + 1 < len(messages):
-            yield at, at + 1
-    if waiting:
-        raise ValueError(f"{waiting} have no answer")
-
-
-def _answers(message: Message) -> str:
-    """The id, or the name, of what a message answers."""
-    if message.get("role") == "tool":
-        return str(message["tool_call_id"])
-    if message.get("role") == "function":
-        return str(message["name"])
-    if message.get("type") == "mcp_approval_response":
-        return str(message["approval_request_id"])
-    return str(message["call_id"]) if message.get("type", "").endswith("_output") else ""

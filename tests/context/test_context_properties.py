@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from proxy.context.atoms import Atom, Dialect, atoms_of
 from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, placeholder, rewritten
 from proxy.context.trim import Cut, trim
-from tests.context.conversations import Case, cases, ties, tokens
+from tests.context.conversations import Case, cases
+from tests.context.judged import ties, tokens
 from tests.faults.fleet import LONG
 
 CONVERSATIONS = settings(
