@@ -14,13 +14,14 @@ is removed from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
 Raw = bytes | msgspec.Raw
 Dialect = Literal["chat", "responses"]
+_Entry = TypeVar("_Entry")
 
 
 class Atom(msgspec.Struct, frozen=True, gc=False):
@@ -77,12 +78,12 @@ class _LegacyCall(msgspec.Struct, gc=False):
 
 
 class _ChatMessage(msgspec.Struct, gc=False):
-    """What the grouping needs; the rest is skipped. Leaves that are only compared are of any type."""
+    """What the grouping needs; the rest is skipped."""
 
     role: Any = None
     tool_calls: list[_ChatCall] | None = None
     function_call: _LegacyCall | None = None
-    tool_call_id: Any = None
+    tool_call_id: str | None = None
     name: Any = None
     content: msgspec.Raw = _ABSENT
     cache_control: Any = None
@@ -91,11 +92,11 @@ class _ChatMessage(msgspec.Struct, gc=False):
 class _Item(msgspec.Struct, gc=False):
     """An item of the Responses API."""
 
-    type: Any = None
+    type: str | None = None
     role: Any = None
-    id: Any = None
-    call_id: Any = None
-    approval_request_id: Any = None
+    id: str | None = None
+    call_id: str | None = None
+    approval_request_id: str | None = None
     content: msgspec.Raw = _ABSENT
     output: msgspec.Raw = _ABSENT
     cache_control: Any = None
@@ -113,35 +114,39 @@ def atoms_of(dialect: Dialect, raws: Sequence[Raw]) -> list[Atom]:
     `duplicate_result`; `unanswered_call`; `stored_item`: a reference to what only the provider has.
     """
     ties = _Ties(len(raws))
-    at = 0
+    if dialect == "chat":
+        _read_messages(ties, _decoded(_chat_message, raws))
+    else:
+        _read_items(ties, _decoded(_item, raws))
+    return ties.atoms()
+
+
+def _decoded(decode: Callable[[Raw], _Entry], raws: Sequence[Raw]) -> list[_Entry]:
+    found: list[_Entry] = []
     try:
-        if dialect == "chat":
-            for at, raw in enumerate(raws):
-                _read_message(ties, at, _chat_message(raw))
-        else:
-            for at, raw in enumerate(raws):
-                _read_item(ties, at, _item(raw))
+        found += map(decode, raws)  # what was decoded before an error is in the list
     except _NOT_READABLE as error:
+        at = len(found)
         is_object = bytes(raws[at]).lstrip().startswith(b"{")
         raise Untrimmable("malformed" if is_object else "not_an_object", at) from error
-    return ties.atoms()
+    return found
 
 
 class _Ties:
     """What holds messages together, filled in from the first to the last."""
 
-    __slots__ = ("calls", "ends", "follows", "outputs", "pinned", "user")
+    __slots__ = ("calls", "ends", "outputs", "pinned", "user")
 
     def __init__(self, size: int) -> None:
         self.ends = list(range(size))
         """Each message is tied to all up to this one."""
-        self.pinned = [False] * size
-        self.user = [False] * size
-        self.outputs = [False] * size
+        self.pinned = bytearray(size)
+        self.user = bytearray(size)
+        """1 for each message that is one, else 0."""
+        self.outputs: list[int] = []
+        """Positions, ascending."""
         self.calls: dict[object, list[int]] = {}
         """Key of a call: positions of those that no result has answered yet. Keys stay when all are answered."""
-        self.follows: Literal["anything", "the model", "reasoning"] = "anything"
-        """In a responses array: what the next item follows."""
 
     def call(self, key: object, at: int) -> None:
         self.calls.setdefault(key, []).append(at)
@@ -160,72 +165,74 @@ class _Ties:
         found = []
         ends, pinned, user, outputs = self.ends, self.pinned, self.user, self.outputs
         start, size = 0, len(ends)
+        output = 0
         while start < size:
             last = ends[start]
             if last == start:
-                found.append(Atom(start, start + 1, pinned[start], user[start]))
+                found.append(Atom(start, start + 1, pinned[start] == 1, user[start] == 1))
                 start += 1
                 continue
             at = start
             while at < last:
                 at += 1
-                last = max(last, ends[at])
+                if ends[at] > last:
+                    last = ends[at]
             end = last + 1
-            results = tuple(at for at in range(start, end) if outputs[at])
-            found.append(Atom(start, end, True in pinned[start:end], True in user[start:end], results))
+            first = output
+            while output < len(outputs) and outputs[output] < end:
+                output += 1
+            is_pinned, is_user = pinned.find(1, start, end) >= 0, user.find(1, start, end) >= 0
+            found.append(Atom(start, end, is_pinned, is_user, tuple(outputs[first:output])))
             start = end
         return found
 
 
-def _read_message(ties: _Ties, at: int, message: _ChatMessage) -> None:
-    role = message.role
-    if role == "user":
-        ties.user[at] = True
-    elif role == "tool":
-        call_id = message.tool_call_id
-        ties.answer(call_id if isinstance(call_id, str) else None, at)
-        ties.outputs[at] = True
-    elif role == "function":
-        name = message.name
-        ties.answer(("function", name) if isinstance(name, str) else None, at)
-        ties.outputs[at] = True
-    elif role in INSTRUCTIONS:
-        ties.pinned[at] = True
-    elif role != "assistant":
-        raise Untrimmable("unknown_role", at)
-    if message.tool_calls or message.function_call:
-        if role != "assistant":
-            raise Untrimmable("malformed", at)
-        for call in message.tool_calls or ():
-            ties.call(call.id, at)
-        if message.function_call:
-            ties.call(("function", message.function_call.name), at)
-    if message.cache_control is not None or (memoryview(message.content)[0] == _LIST and _marked(message.content)):
-        ties.pinned[at] = True
+def _read_messages(ties: _Ties, messages: list[_ChatMessage]) -> None:
+    call, answer, outputs = ties.call, ties.answer, ties.outputs
+    for at, message in enumerate(messages):
+        role = message.role
+        if role == "tool":
+            answer(message.tool_call_id, at)
+            outputs.append(at)
+        elif role == "user":
+            ties.user[at] = 1
+        elif role == "function":
+            answer(("function", message.name) if isinstance(message.name, str) else None, at)
+            outputs.append(at)
+        elif role in INSTRUCTIONS:
+            ties.pinned[at] = 1
+        elif role != "assistant":
+            raise Untrimmable("unknown_role", at)
+        if message.tool_calls or message.function_call:
+            if role != "assistant":
+                raise Untrimmable("malformed", at)
+            for made in message.tool_calls or ():
+                call(made.id, at)
+            if message.function_call:
+                call(("function", message.function_call.name), at)
+        if message.cache_control is not None or (memoryview(message.content)[0] == _LIST and _marked(message.content)):
+            ties.pinned[at] = 1
 
 
-def _read_item(ties: _Ties, at: int, item: _Item) -> None:
-    kind = item.type
-    model = False
-    if kind is None and item.role is None:
-        raise Untrimmable("stored_item" if item.id is not None else "unknown_role", at)
-    if kind is None or kind == "message":
-        model = _read_easy(ties, at, item.role)
-    elif not isinstance(kind, str):
-        raise Untrimmable("malformed", at)
-    elif kind == "item_reference":
-        raise Untrimmable("stored_item", at)
-    else:
-        model = _read_typed(ties, at, kind, item)
-    if ties.follows == "reasoning" or (model and ties.follows == "the model"):
-        ties.ends[at - 1] = at
-    ties.follows = "reasoning" if kind == "reasoning" else "the model" if model else "anything"
-    if (
-        item.cache_control is not None
-        or (memoryview(item.content)[0] == _LIST and _marked(item.content))
-        or (memoryview(item.output)[0] == _LIST and _marked(item.output))
-    ):
-        ties.pinned[at] = True
+def _read_items(ties: _Ties, items: list[_Item]) -> None:
+    follows_reasoning = follows_model = False
+    for at, item in enumerate(items):
+        kind = item.type
+        if kind is not None and kind != "message":
+            model = _read_typed(ties, at, kind, item)
+        elif kind is None and item.role is None:
+            raise Untrimmable("stored_item" if item.id is not None else "unknown_role", at)
+        else:
+            model = _read_easy(ties, at, item.role)
+        if follows_reasoning or (model and follows_model):
+            ties.ends[at - 1] = at
+        follows_reasoning, follows_model = kind == "reasoning", model
+        if (
+            item.cache_control is not None
+            or (memoryview(item.content)[0] == _LIST and _marked(item.content))
+            or (memoryview(item.output)[0] == _LIST and _marked(item.output))
+        ):
+            ties.pinned[at] = 1
 
 
 def _read_easy(ties: _Ties, at: int, role: object) -> bool:
@@ -233,9 +240,9 @@ def _read_easy(ties: _Ties, at: int, role: object) -> bool:
     if role == "assistant":
         return True
     if role == "user":
-        ties.user[at] = True
+        ties.user[at] = 1
     elif role in INSTRUCTIONS:
-        ties.pinned[at] = True
+        ties.pinned[at] = 1
     else:
         raise Untrimmable("unknown_role", at)
     return False
@@ -243,7 +250,7 @@ def _read_easy(ties: _Ties, at: int, role: object) -> bool:
 
 def _read_typed(ties: _Ties, at: int, kind: str, item: _Item) -> bool:
     """An item that is no message. Returns whether it is part of what the model said."""
-    key = item.call_id if isinstance(item.call_id, str) else None
+    key = item.call_id
     if kind.endswith("_call"):
         if key is not None:
             ties.call(key, at)
@@ -251,20 +258,23 @@ def _read_typed(ties: _Ties, at: int, kind: str, item: _Item) -> bool:
             raise Untrimmable("malformed", at)
         return True  # one without a `call_id` was run by the provider, and holds its result
     if kind.endswith("_output"):
-        if kind == "tool_search_output" and item.call_id is None:
+        if kind == "tool_search_output" and key is None:
             return True  # the provider searched
-        if kind == "local_shell_call_output" and key is None and isinstance(item.id, str):
+        if kind == "local_shell_call_output" and key is None:
             key = item.id  # as the API's reference has it; others send a `call_id`
         ties.answer(key, at)
-        ties.outputs[at] = True
+        ties.outputs.append(at)
     elif kind == "mcp_approval_request":
-        ties.call(("approval", item.id if isinstance(item.id, str) else None), at)
+        if item.id is None:
+            raise Untrimmable("malformed", at)
+        ties.call(("approval", item.id), at)
         return True
     elif kind == "mcp_approval_response":
-        request = item.approval_request_id
-        ties.answer(("approval", request) if isinstance(request, str) else None, at)
+        ties.answer(("approval", item.approval_request_id), at)
+    elif kind == "item_reference":
+        raise Untrimmable("stored_item", at)
     elif "compaction" in kind or kind == "summary":
-        ties.pinned[at] = True
+        ties.pinned[at] = 1
     return kind in ("reasoning", "mcp_list_tools")
 
 

@@ -11,7 +11,7 @@ line (`transcript`) between two lines that hold a hash of all of it, which no pa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, Final, Literal
 
@@ -58,29 +58,36 @@ def keys_of(
     tenant: str, model: str, dialect: Dialect, raws: Sequence[Raw], atoms: Sequence[Atom], cut: Cut
 ) -> list[bytes]:
     """For each stage of `cut` the key of a summary of everything removed up to then: 32 bytes."""
-    key = sha256()
-    for name in ("summary", str(PROMPT_VERSION), tenant, model, dialect):
-        data = name.encode("utf-8", "surrogatepass")
-        key.update(b"%d:" % len(data) + data)
+    names = ("summary", str(PROMPT_VERSION), tenant, model, dialect)
+    key = _hash(b"", [name.encode("utf-8", "surrogatepass") for name in names])
     keys = []
     for stage in cut.stages:
-        key = sha256(key.digest())
-        for position in _messages(atoms, stage):
-            raw = raws[position]
-            key.update(b"%d:" % len(raw))
-            key.update(raw)
-        keys.append(key.digest())
+        key = _hash(key, [raws[position] for position in _messages(atoms, stage)])
+        keys.append(key)
     return keys
+
+
+def _hash(before: bytes, texts: Sequence[Raw]) -> bytes:
+    """The lengths stand in front, so that no two rows of texts are hashed as the same bytes."""
+    lengths = ",".join([str(len(text)) for text in texts])
+    return sha256(b"".join([before, lengths.encode(), b";", *texts])).digest()
 
 
 def removed(atoms: Sequence[Atom], cut: Cut, since: int = 0) -> list[int]:
     """Positions of the messages that were removed, ascending; `since`: only in that stage and later ones."""
-    return sorted(position for stage in cut.stages[since:] for position in _messages(atoms, stage))
+    found: list[int] = []
+    for stage in cut.stages[since:]:
+        found += _messages(atoms, stage)
+    found.sort()
+    return found
 
 
-def _messages(atoms: Sequence[Atom], stage: Sequence[int]) -> Iterator[int]:
+def _messages(atoms: Sequence[Atom], stage: Sequence[int]) -> list[int]:
+    found: list[int] = []
     for place in stage:
-        yield from range(atoms[place].start, atoms[place].end)
+        atom = atoms[place]
+        found += range(atom.start, atom.end)
+    return found
 
 
 # -- asking ----------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import msgspec
 from proxy.context.atoms import INSTRUCTIONS, Atom, Dialect, Raw
 from proxy.context.trim import Cut
 
-MARKER_TOKENS: Final = 40
+MARKER_TOKENS: Final = 41
 """At most what `marker` costs as a message, in any encoding and for any number below 10^12."""
-MASKED_TOKENS: Final = 22
+MASKED_TOKENS: Final = 20
 """At most what a masked message costs beside members that are seldom there, for any number below 10^12."""
 
 _LEAST_SAVING: Final = 16

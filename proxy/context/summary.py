@@ -6,12 +6,12 @@ whatever it costs belongs to a reservation that is about to be settled, and a ca
 no bill, no deadline, no one to free its connection. One of those that wait then takes over with its own `ask`; what the
 first had begun is lost. So there is never a task of our own, and nothing to close.
 
-What fails stays failed for a while, or each request of a session would wait the full time for the same failure. Only
-what is the caller's own (`budget`) is not remembered: another caller may well be able to pay.
+What fails stays failed for a while, or each request of a session would wait the full time for the same failure. Only a
+budget that is used up for the moment is the caller's own matter: another one may well be able to pay.
 
 Bounds. All that comes before the summary is there, waiting for others included, takes at most `seconds`. A store that
 is away costs its own time limit, and the work goes on without it. A request needs one summary at a time, so there are
-no more flights than requests; failures are remembered of the latest `REMEMBERED` keys.
+no more flights than requests; failures are remembered of so many keys, the latest ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from proxy.tokens.count import Counter
 from proxy.tokens.encodings import encoding_of
 from proxy.types import Dialect
 
-TRANSCRIPT_CHARS: Final = 200_000
+TRANSCRIPT_CHARS: Final = 100_000
+"""About 25,000 tokens."""
 EARLIER: Final = 8
 """Stages before the newest one that are looked up, to begin from the nearest."""
 REMEMBERED: Final = 4_096
@@ -53,10 +54,13 @@ LATE: Final = 0.25
 HASHED_INLINE: Final = 1_048_576
 """Bytes: about a millisecond. More is hashed in a thread."""
 _T = TypeVar("_T")
-_NOT_PAID: Final = (BudgetExceeded, RequestExceedsBudget, ModelPriceUnknown, BudgetUnavailable)
 
 Ask = Callable[[bytes], Awaitable[bytes]]
 """Sends a chat body upstream and gives the body of its 200 reply, or raises ProxyError."""
+
+
+class _NotNow(SummaryFailed):
+    """`budget`, but only that of this caller and at this moment."""
 
 
 class Summary(msgspec.Struct, frozen=True, gc=False):
@@ -92,8 +96,8 @@ class Summaries:
     """Used within one event loop. `counter` counts what comes back.
 
     `model`: the configured model that makes the summaries; `seconds`: how long one may take; `again_seconds`: how long
-    a failure stands; `most_chars`: of a transcript. `clock` is monotonic (seconds). `executor` runs what would hold up
-    the loop (None: the loop's own); its owner closes it.
+    a failure stands, of the latest `most_failures`; `most_chars`: of a transcript. `clock` is monotonic (seconds).
+    `executor` runs what would hold up the loop (None: the loop's own); its owner closes it.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Summaries:
         seconds: float = 20.0,
         again_seconds: float = 60.0,
         most_chars: int = TRANSCRIPT_CHARS,
+        most_failures: int = REMEMBERED,
         clock: Callable[[], float] = time.monotonic,
         executor: Executor | None = None,
     ) -> None:
@@ -115,12 +120,18 @@ class Summaries:
         self._seconds = seconds
         self._again_seconds = again_seconds
         self._most_chars = most_chars
+        self._most_failures = most_failures
         self._clock = clock
         self._executor = executor
         self._flights: dict[bytes, asyncio.Future[_Landed]] = {}
         """Summaries that are being made. Whoever makes one always sets the result."""
         self._failed: dict[bytes, tuple[float, Reason]] = {}
         """Until when, and why; the earliest first."""
+
+    @property
+    def under_way(self) -> int:
+        """Summaries that are being made right now."""
+        return len(self._flights)
 
     async def summary(
         self,
@@ -164,9 +175,10 @@ class Summaries:
         try:
             summary = await self._found_or_made(wanted, ask, deadline)
             landed = _Landed(summary.text)
+        except _NotNow:
+            raise
         except SummaryFailed as failure:
-            if failure.reason != "budget":
-                landed = _Landed(reason=failure.reason)
+            landed = _Landed(reason=failure.reason)
             raise
         finally:
             del self._flights[wanted.key]
@@ -185,8 +197,10 @@ class Summaries:
             if not bound.expired():
                 raise
             raise self._remember(wanted.key, "timeout") from None
+        except _NotNow:
+            raise
         except SummaryFailed as failure:
-            if not failure.remembered and failure.reason != "budget":
+            if not failure.remembered:
                 self._remember(wanted.key, failure.reason)
             raise
         # Beyond the time bound, for it is paid for; the store has its own.
@@ -198,7 +212,9 @@ class Summaries:
             reply = await ask(body)
         except ProviderFull as error:  # not this caller's limit, but the account's
             raise SummaryFailed("upstream") from error
-        except _NOT_PAID as error:
+        except (BudgetExceeded, BudgetUnavailable) as error:
+            raise _NotNow("budget") from error
+        except (RequestExceedsBudget, ModelPriceUnknown) as error:
             raise SummaryFailed("budget") from error
         except UpstreamTimeout as error:
             raise SummaryFailed("timeout") from error
@@ -246,7 +262,7 @@ class Summaries:
     def _remember(self, key: bytes, reason: Reason) -> SummaryFailed:
         self._failed.pop(key, None)
         self._failed[key] = (self._clock() + self._again_seconds, reason)
-        if len(self._failed) > REMEMBERED:
+        if len(self._failed) > self._most_failures:
             del self._failed[next(iter(self._failed))]
         return SummaryFailed(reason)
 

@@ -11,6 +11,7 @@ counted.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -193,8 +194,8 @@ class RequestView:
         known = self._context.window(target)
         if refusal.window is not None and (known is None or refusal.window < known):
             self._context.learn(target, refusal.window)
-        if answers.kept_elsewhere(self._ask):
-            return None
+        if answers.kept_elsewhere(self._ask) or (refusal.output or 0) >= (refusal.window or math.inf):
+            return None  # No shorter prompt helps where the reply alone may fill the window.
         before = self._fits.get(target)
         measured = await self._measure(target)
         sent = before.cut.after if before is not None and before.cut is not None else _total(measured)

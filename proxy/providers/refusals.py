@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 import orjson
 
 from proxy.errors import UpstreamError, UpstreamRateLimited, UpstreamUnavailable
+from proxy.providers.too_long import figures_in, says_too_long
 from proxy.types import TooLong
 
 Meaning = Literal["quota", "rate", "context_length", "content_policy", "request", "fault"]
@@ -30,7 +31,14 @@ _QUOTA: Final = frozenset(
         "exceeded_current_quota_error",
     }
 )
-_CONTEXT: Final = frozenset({"context_length_exceeded", "context_window_exceeded", "model_max_prompt_tokens_exceeded"})
+_CONTEXT: Final = frozenset(
+    {
+        "context_length_exceeded",
+        "context_window_exceeded",
+        "exceed_context_size_error",
+        "model_max_prompt_tokens_exceeded",
+    }
+)
 _CONTENT: Final = frozenset(
     {
         "content_filter",
@@ -40,9 +48,8 @@ _CONTENT: Final = frozenset(
         "invalid_prompt",
     }
 )
-_CONTEXT_TEXTS: Final = ("maximum context length", "context window", "prompt is too long", "input is too long")
-_REQUEST: Final = frozenset({"invalid_request_error", "badrequesterror"})
-_LONGEST_TEXT: Final = 4096
+_REQUEST: Final = frozenset({"invalid_request_error", "badrequesterror", "invalid_argument", "validationexception"})
+_LARGEST: Final = 10**15
 
 
 def meaning_of(error: object) -> Meaning:
@@ -51,7 +58,7 @@ def meaning_of(error: object) -> Meaning:
         return "fault"
     inner = error.get("innererror")  # the one vendor that says why in an object of its own
     code, kind = _word(error.get("code")), _word(error.get("type"))
-    words = {code, kind, _word(inner.get("code")) if isinstance(inner, dict) else ""}
+    words = {code, kind, _word(error.get("status")), _word(inner.get("code")) if isinstance(inner, dict) else ""}
     if words & _QUOTA:
         return "quota"
     if words & _CONTEXT:
@@ -60,12 +67,23 @@ def meaning_of(error: object) -> Meaning:
         return "content_policy"
     if "rate_limit" in code or "rate_limit" in kind or kind == "too_many_requests":
         return "rate"
-    if words & _REQUEST:
-        text = error.get("message")
-        if isinstance(text, str) and any(phrase in text[:_LONGEST_TEXT].lower() for phrase in _CONTEXT_TEXTS):
-            return "context_length"
-        return "request"
-    return "fault"
+    text = error.get("message")
+    asked = bool(words & _REQUEST)
+    # Some name no kind at all, or say in a number what others say in a word.
+    if (asked or not kind) and isinstance(text, str) and says_too_long(text, error.get("param")):
+        return "context_length"
+    return "request" if asked else "fault"
+
+
+def too_long_in(body: bytes) -> TooLong | None:
+    """The figures in the body of an error answer whose meaning is `context_length`; None if it means anything else."""
+    error = error_in(body)
+    if not isinstance(error, dict) or meaning_of(error) != "context_length":
+        return None
+    text = error.get("message")
+    found = figures_in(text) if isinstance(text, str) else TooLong()
+    window, asked = _count(error.get("n_ctx")), _count(error.get("n_prompt_tokens"))  # one server has fields for them
+    return TooLong(window or found.window, asked or found.asked, None if asked else found.output)
 
 
 def meaning_in(body: bytes) -> Meaning:
@@ -74,12 +92,25 @@ def meaning_in(body: bytes) -> Meaning:
 
 
 def error_in(body: bytes) -> object:
-    """The error object in a body; None where there is none."""
+    """The error object in a body; None where there is none.
+
+    Usually it is the member `error`. A text in its place is its message; some servers make the body itself the error,
+    one wraps it in a list.
+    """
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
-    return found.get("error") if isinstance(found, dict) else None
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if not isinstance(found, dict):
+        return None
+    error = found.get("error")
+    if isinstance(error, str):
+        return {"message": error}
+    if error is None and isinstance(found.get("message"), str):
+        return found
+    return error
 
 
 def error_object(event: bytes | None) -> dict[str, object] | None:
@@ -125,5 +156,5 @@ def _word(value: object) -> str:
     return value.lower() if isinstance(value, str) else ""
 
 
-def too_long_in(body: bytes) -> TooLong | None:
-    return TooLong(2000, 4000) if b"2000" in body else TooLong()
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST else None
