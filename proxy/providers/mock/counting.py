@@ -39,7 +39,7 @@ class Memo:
         self._known: OrderedDict[str, int] = OrderedDict()
         self._size = size
         self._longest = longest
-        self._long = memo.Memo(max(size, _LONG_TEXTS))
+        self._long: memo.Memo[int] = memo.Memo(max(size, _LONG_TEXTS))
 
     def __call__(self, text: str) -> int:
         if len(text) > self._longest:
