@@ -94,8 +94,11 @@ async def test_a_session_of_any_length_fits_and_its_prompt_cache_stays_warm(serv
     report("context per-turn: prompt tokens cached", TURNS, round(hit_ratio(done["per-turn"]), 3), "-")
     share = cost(digests) / (cost(digests) + cost(turn.prompt for turn in done["summary"]))
     report("context summary: share of its input cost that made the summaries", len(digests), round(share, 3), "-")
-    assert digests
+    without = sum(turn.trimmed.startswith("oldest;") for turn in done["summary"])
+    report("context summary: cut prompts without a summary", len(digests), without, 0)
+    assert len(digests) == sum(turn.cut for turn in done["summary"])  # one for each cut, and never the same again
     assert {one.status for one in digests} == {200}
+    assert without == 0
     # The mock's digest keeps the facts that it was given: that is an assumption, and no figure for a real model.
     kept = {name: recall(turns, talk.planted)["all"] for name, turns in done.items()}
     report("context: recall of all facts, over all prompts", len(talk.planted), kept, "-")

@@ -5,8 +5,8 @@
 | a tool is forced; or there are tools and the | calls: of every tool that the user names, else of the    |
 | last word is not a tool's result            | first one                                                 |
 | model `echo`                                | the last user message, verbatim                           |
-| model `digest`                              | each "The code of X is Y." that the prompt states, a line |
-|                                             | each: a summary, assuming one that keeps the facts        |
+| model `digest`                              | a summary: each "The code of X is Y." of the prompt, a    |
+|                                             | line each; the newest, where it asks for "at most N words" |
 | a JSON format is asked for                  | a JSON value that satisfies the schema                    |
 | model `bench-N` or `bench-N-RATE`           | exactly N pieces of text (RATE: tokens a second)          |
 | anything else                               | 20 to 60 pieces of prose                                  |
@@ -29,6 +29,7 @@ BENCH: Final = re.compile(r"bench-(\d{1,5})(?:-(\d{1,5}))?")
 """Model names that say how long the answer is and at what pace it streams."""
 
 _FACT: Final = re.compile(r"The code of [^\s.][^.\n]{0,63} is [^\s.]{1,64}\.")
+_AT_MOST: Final = re.compile(r"[Aa]t most (\d{1,5}) words")
 _NO_FACTS: Final = "No codes were stated."
 
 CALL_TOKENS: Final = 3
@@ -78,13 +79,26 @@ def _words(prompt: Prompt, random: Random) -> list[str]:
     if prompt.name == "echo":
         return split(prompt.last_user)
     if prompt.name == "digest":
-        stated = dict.fromkeys(fact for text in prompt.texts for fact in _FACT.findall(text))
-        return split("\n".join(stated) or _NO_FACTS)
+        return split(_digest("\n".join(prompt.texts)))
     if prompt.schema is not None:
         value: Any = example(prompt.schema, random) if prompt.schema else {"answer": "".join(prose(random, 8))}
         return fragments(orjson.dumps(value).decode())
     sized = BENCH.fullmatch(prompt.name)
     return prose(random, int(sized[1]) if sized else random.randint(20, 60))
+
+
+def _digest(text: str) -> str:
+    """What an ideal model would keep of a conversation whose facts are sentences of one form: all of them, or the
+    newest ones that there is room for. No real model is as reliable."""
+    asked = _AT_MOST.search(text)
+    left = int(asked[1]) if asked else len(text)
+    kept: list[str] = []
+    for fact in reversed(dict.fromkeys(_FACT.findall(text))):
+        left -= len(fact.split())
+        if left < 0:
+            break
+        kept.append(fact)
+    return "\n".join(reversed(kept)) or _NO_FACTS
 
 
 def _calls(prompt: Prompt, index: int, count: Count) -> Choice:

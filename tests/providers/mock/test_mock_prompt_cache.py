@@ -226,6 +226,16 @@ def test_a_digest_says_the_facts_of_its_prompt_once_each(mock: Mock, path: str) 
     assert (said["text"] if "text" in said else said["message"]["content"]).split("\n") == FACTS
 
 
+def test_a_digest_keeps_the_newest_facts_within_the_words_that_it_is_given(mock: Mock) -> None:
+    for words, kept in ((100, FACTS), (15, FACTS[1:]), (14, FACTS[2:]), (1, ["No codes were stated."])):
+        messages = [
+            {"role": "system", "content": f"Sum up. At most {words} words."},
+            {"role": "user", "content": " ".join([*FACTS, FACTS[0]])},
+        ]
+        answer = read(post(mock, {"model": "digest", "messages": messages}))
+        assert answer["choices"][0]["message"]["content"].split("\n") == kept
+
+
 def test_a_digest_is_bounded_by_the_maximum_of_the_request(mock: Mock) -> None:
     asked = {"model": "digest", "messages": [{"role": "user", "content": " ".join(FACTS)}], "max_tokens": 14}
     choice = read(post(mock, asked))["choices"][0]
