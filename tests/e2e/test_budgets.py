@@ -14,7 +14,7 @@ import pytest
 from proxy.observability.events import BudgetRefused, RequestFinished
 from tests import clear
 from tests.clear import CLEAR
-from tests.e2e.stack import Stack, stack
+from tests.e2e.stack import ALONE, Stack, stack
 
 pytestmark = pytest.mark.anyio
 
@@ -102,13 +102,14 @@ async def test_an_unknown_price_is_refused_only_where_dollars_are_limited() -> N
     provider = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1", "vendor": "none"}
     asked = {**ASK, "model": "x"}
     config = {"dear": provider}
-    async with gateway(providers=config, budget={"usd_per_day": 1}) as running, client_of(running) as client:
+    async with gateway(providers=config, **ALONE, budget={"usd_per_day": 1}) as running, client_of(running) as client:
         answer = await client.post("/chat/completions", json=asked)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_price_unknown")
         said = answer.json()["error"]["message"]
         assert said.endswith('"x": {price: {input: USD, output: USD}}')
         assert "Add this line under providers.dear.models" in said
-    async with gateway(providers=config, budget={"tokens_per_minute": 10_000}) as running, client_of(running) as client:
+    limit = {"tokens_per_minute": 10_000}
+    async with gateway(providers=config, **ALONE, budget=limit) as running, client_of(running) as client:
         assert (await client.post("/chat/completions", json=asked)).status_code == 503  # it was sent
 
 

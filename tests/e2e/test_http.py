@@ -495,8 +495,8 @@ def test_administration(keyed: ServeProcess) -> None:
 def test_too_many_in_flight(keyed: ServeProcess) -> None:
     key = {"authorization": f"Bearer {TENANT_KEY}"}
     with httpx2.Client(base_url=keyed.url, timeout=30, headers=key, verify=CLEAR) as client:
-        stalled = {**CHAT, "model": "stall", "stream": True}
-        with client.stream("POST", "/v1/chat/completions", json=stalled) as one:
+        lasting = {**CHAT, "model": "bench-4000-20", "stream": True}  # 4000 tokens, 20 a second
+        with client.stream("POST", "/v1/chat/completions", json=lasting) as one:
             assert one.status_code == 200
             for path in ("/v1/chat/completions", "/v1/models", "/v1/files"):
                 refused = client.post(path, json=CHAT)
