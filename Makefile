@@ -2,15 +2,16 @@
 
 PYTHON ?= python3
 PORT = 8080
-PYTEST_ARGS ?= -n 2 -rs
+PYTEST_ARGS ?= -n 3 -rs
 BENCH_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench faults lock clean FORCE
 
-# An inherited interpreter path would let packages in that the lock does not name.
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# An inherited interpreter path would let packages in that the lock does not name. And without bytecode on the disk each
+# of the hundreds of processes that the tests start would compile the program for itself.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 BIN := .venv/bin
 

@@ -90,18 +90,21 @@ def under(name: str, *places: str) -> bool:
     return any(name == place or name.startswith(place + ".") for place in places)
 
 
-def imports(source: Module) -> Iterator[Import]:
+@functools.cache
+def imports(source: Module) -> tuple[Import, ...]:
     """Absolute names, also of relative imports and of `import_module` with a literal."""
+    found: list[Import] = []
 
-    def walk(node: ast.AST, late: bool, typing: bool) -> Iterator[Import]:
-        for target in targets(node, source.package):
-            yield Import(target, getattr(node, "lineno", 0), late, typing)
+    def walk(node: ast.AST, late: bool, typing: bool) -> None:
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.Call):
+            found.extend(Import(target, node.lineno, late, typing) for target in targets(node, source.package))
         late = late or isinstance(node, Function | ast.Lambda)
-        typing = typing or (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"))
+        typing = typing or (isinstance(node, ast.If) and last_word(node.test) == "TYPE_CHECKING")
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, late, typing)
+            walk(child, late, typing)
 
-    yield from walk(source.tree, False, False)
+    walk(source.tree, False, False)
+    return tuple(found)
 
 
 def targets(node: ast.AST, package: str) -> Iterator[str]:
@@ -112,8 +115,13 @@ def targets(node: ast.AST, package: str) -> Iterator[str]:
         base = words[: len(words) - node.level + 1] if node.level else []
         stem = ".".join([*base, *([node.module] if node.module else [])])
         yield from (f"{stem}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+    elif isinstance(node, ast.Call) and last_word(node.func).endswith(("import_module", "__import__")):
         yield from (str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant))
+
+
+def last_word(node: ast.expr) -> str:
+    """Of a dotted name; empty for what is none."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def resolve(sources: Sources, target: str) -> str | None:

@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from proxy.admin.api import create_admin
+from tests.clear import CLEAR
 from tests.e2e.stack import Stack, stack
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +23,7 @@ CONFIG: dict[str, Any] = {
 
 
 def client(running: Stack, key: str = KEY) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(base_url=running.url, headers={"authorization": f"Bearer {key}"})
+    return httpx2.AsyncClient(base_url=running.url, headers={"authorization": f"Bearer {key}"}, verify=CLEAR)
 
 
 async def test_what_runs_here() -> None:

@@ -21,6 +21,8 @@ from proxy.store.memory import MemoryStore
 from proxy.types import Record, Usage
 from tests.budget.scene import OTHER_TARGET, TARGET, TENANT, Clock, Scene, chunk, usage_event, want
 
+pytestmark = pytest.mark.slow
+
 
 class SlowStore(MemoryStore):
     """A memory store across a network: each verb waits before and after it takes effect, and may lose its answer."""

@@ -17,10 +17,13 @@ import httpx2
 import pytest
 import yaml
 
+from tests.clear import CLEAR
+from tests.cli.inside import inside
 from tests.e2e.stack import ServeProcess, serving
 from tests.redis_server import RedisServer, redis_binary, redis_server, running
 
 __all__ = ["redis_binary", "redis_server"]  # fixtures, found here by pytest
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(sys.executable).parent / "breakwater"
 ADMIN, ACME, BETA = "bw-admin-0123456789abcdef", "bw-acme-0123456789abcdef", "bw-beta-0123456789abcdef"
@@ -51,6 +54,7 @@ def ask(process: ServeProcess, key: str, **headers: str) -> float:
         json=ASK,
         headers={"authorization": f"Bearer {key}", **headers},
         timeout=20,
+        verify=CLEAR,
     )
     assert answer.status_code == 200
     return float(answer.headers["x-breakwater-cost-usd"])
@@ -78,6 +82,7 @@ def test_a_running_process_tells_what_was_used(tmp_path: Path) -> None:
             f"{process.url}/admin/usage",
             params={"format": "csv", "by": "tenant"},
             headers={"authorization": f"Bearer {ADMIN}"},
+            verify=CLEAR,
         )
         assert answer.headers["content-type"] == "text/csv; charset=utf-8"
         assert answer.text.splitlines()[1].startswith("acme,2,")
@@ -120,7 +125,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
             (tmp_path / name).mkdir()
             cases.append((written(tmp_path / name, **sections), arguments, code, words))
         for file, arguments, code, words in cases:
-            done = usage(file, *arguments)
+            done = inside("usage", "-c", file, *map(str, arguments))
             assert (done.returncode, done.stdout) == (code, "")
             assert words in done.stderr
             assert "Traceback" not in done.stderr
@@ -161,7 +166,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def spent_today(process: ServeProcess, tenant: str) -> float:
     headers = {"authorization": f"Bearer {ADMIN}"}
-    (one,) = httpx2.get(f"{process.url}/admin/budgets/{tenant}", headers=headers).json()
+    (one,) = httpx2.get(f"{process.url}/admin/budgets/{tenant}", headers=headers, verify=CLEAR).json()
     return float(one["windows"]["usd_per_day"]["spent"])
 
 

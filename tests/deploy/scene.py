@@ -13,6 +13,7 @@ from typing import Any
 
 import redis
 
+from tests.cli.inside import inside
 from tests.e2e.stack import BREAKWATER, serving
 from tests.redis_server import binary, free_port
 
@@ -95,7 +96,9 @@ def runs(file: Path, port: int) -> None:
         env["BREAKWATER_LISTEN__ADMIN_PORT"] = "0"
     with serving(file, env=env) as process:
         deadline = time.monotonic() + 20
-        asks = [BREAKWATER, "health", "--ready", "--url", process.url]
-        while (ready := subprocess.run(asks, capture_output=True, timeout=60)).stdout != b"ok\n":
-            assert b"seeding" in ready.stderr or b"starting" in ready.stderr, ready.stderr  # an empty store is told
+        asks = ["health", "--ready", "--url", process.url]
+        while (ready := inside(*asks)).stdout != "ok\n":
+            assert "seeding" in ready.stderr or "starting" in ready.stderr, ready.stderr  # an empty store is told
             assert time.monotonic() < deadline, ready.stderr
+            time.sleep(0.02)
+        assert subprocess.run([BREAKWATER, *asks], capture_output=True, timeout=60).stdout == b"ok\n"

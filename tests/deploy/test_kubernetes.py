@@ -13,6 +13,8 @@ import yaml
 from tests.deploy.scene import ENV, check, keeps_what_it_is_told, redis_of, runs, variables
 from tests.deploy.schemas import KUBERNETES_VERSIONS, kubernetes_errors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy/kubernetes"
 FILES = sorted(FOLDER.rglob("*.yaml"))

@@ -10,6 +10,8 @@ from typing import Any
 import httpx2
 from openai import AsyncOpenAI, OpenAI, Stream
 
+from tests import clear
+
 KINDS = ("sync", "async")
 
 
@@ -21,9 +23,13 @@ class Sdk:
         options = {"max_retries": 0, "timeout": 30, **options}
         self._runner = asyncio.Runner() if kind == "async" else None
         if self._runner is None:
-            self._client: Any = OpenAI(base_url=base_url, api_key=api_key, **options)
+            self._client: Any = OpenAI(base_url=base_url, api_key=api_key, **options, http_client=clear.client())
         else:
-            self._client = self._run(_made(lambda: AsyncOpenAI(base_url=base_url, api_key=api_key, **options)))
+            self._client = self._run(
+                _made(
+                    lambda: AsyncOpenAI(base_url=base_url, api_key=api_key, **options, http_client=clear.async_client())
+                )
+            )
 
     def _run(self, awaitable: Any) -> Any:
         assert self._runner is not None

@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from proxy.observability.events import RequestRefused
+from tests.clear import CLEAR
 from tests.e2e.stack import stack
 
 pytestmark = pytest.mark.anyio
@@ -36,7 +37,9 @@ ROUTES = {
 async def test_a_maximum_that_cannot_be_is_400_and_reserves_nothing() -> None:
     async with (
         stack(CONFIG) as running,
-        httpx2.AsyncClient(base_url=running.url, headers={"authorization": f"Bearer {KEY}"}, timeout=20) as client,
+        httpx2.AsyncClient(
+            base_url=running.url, headers={"authorization": f"Bearer {KEY}"}, timeout=20, verify=CLEAR
+        ) as client,
     ):
         sent = 0
         for route, (body, members) in ROUTES.items():

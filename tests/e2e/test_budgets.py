@@ -12,7 +12,9 @@ import openai
 import pytest
 
 from proxy.observability.events import BudgetRefused, RequestFinished
-from tests.e2e.stack import Stack, stack
+from tests import clear
+from tests.clear import CLEAR
+from tests.e2e.stack import ALONE, Stack, stack
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +38,7 @@ async def gateway(provider: Mapping[str, Any] | None = None, **sections: Any) ->
 @asynccontextmanager
 async def client_of(running: Stack, tenant: str = "acme") -> AsyncIterator[httpx2.AsyncClient]:
     headers = {"authorization": f"Bearer {KEYS[tenant]}"}
-    async with httpx2.AsyncClient(base_url=f"{running.url}/v1", headers=headers, timeout=20) as client:
+    async with httpx2.AsyncClient(base_url=f"{running.url}/v1", headers=headers, timeout=20, verify=CLEAR) as client:
         yield client
 
 
@@ -93,7 +95,9 @@ async def test_the_sdk_sees_a_rate_limit_error_that_it_knows() -> None:
     limit = {"requests_per_minute": 1}
     async with (
         gateway(budget=limit) as running,
-        openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=KEYS["acme"], max_retries=0) as sdk,
+        openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1", api_key=KEYS["acme"], max_retries=0, http_client=clear.async_client()
+        ) as sdk,
     ):
         await sdk.chat.completions.create(**ASK)
         with pytest.raises(openai.RateLimitError) as raised:
@@ -114,13 +118,14 @@ async def test_an_unknown_price_is_refused_only_where_dollars_are_limited() -> N
     provider = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1", "vendor": "none"}
     asked = {**ASK, "model": "x"}
     config = {"dear": provider}
-    async with gateway(providers=config, budget={"usd_per_day": 1}) as running, client_of(running) as client:
+    async with gateway(providers=config, **ALONE, budget={"usd_per_day": 1}) as running, client_of(running) as client:
         answer = await client.post("/chat/completions", json=asked)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_price_unknown")
         said = answer.json()["error"]["message"]
         assert said.endswith('"x": {price: {input: USD, output: USD}}')
         assert "Add this line under providers.dear.models" in said
-    async with gateway(providers=config, budget={"tokens_per_minute": 10_000}) as running, client_of(running) as client:
+    limit = {"tokens_per_minute": 10_000}
+    async with gateway(providers=config, **ALONE, budget=limit) as running, client_of(running) as client:
         assert (await client.post("/chat/completions", json=asked)).status_code == 503  # it was sent
 
 
@@ -148,7 +153,9 @@ async def test_the_administration_and_the_metrics_tell_the_same_figures() -> Non
         assert (await client.post("/chat/completions", json=ASK)).status_code == 429
         await running.quiet()
         cost = answer.headers["x-breakwater-cost-usd"]
-        async with httpx2.AsyncClient(base_url=running.url, headers={"authorization": f"Bearer {ADMIN}"}) as admin:
+        async with httpx2.AsyncClient(
+            base_url=running.url, headers={"authorization": f"Bearer {ADMIN}"}, verify=CLEAR
+        ) as admin:
             (scope,) = (await admin.get("/admin/budgets/acme")).json()
             assert (scope["scope"], scope["name"], scope["live"]) == ("tenant", "acme", 0)
             assert scope["windows"]["usd_per_day"]["limit"] == "100"

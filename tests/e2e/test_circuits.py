@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from proxy.observability.upstream_events import CircuitClosed, CircuitHalfOpen, CircuitOpened
+from tests.clear import CLEAR
 from tests.e2e.scene import ANSWER, CHAT, PATIENCE, SSE, chunk, piece_of, plain, until
 from tests.e2e.stack import ServeProcess, Stack, serving, stack
 from tests.e2e.test_failover import BODY, ERROR, Provider, provider
@@ -50,7 +51,7 @@ class Seen:
         self.url = url
 
     async def ask(self) -> httpx2.Response:
-        async with httpx2.AsyncClient(base_url=self.url, timeout=PATIENCE) as client:
+        async with httpx2.AsyncClient(base_url=self.url, timeout=PATIENCE, verify=CLEAR) as client:
             return await client.post(CHAT, json=BODY)
 
     async def answerer(self) -> str:
@@ -60,7 +61,7 @@ class Seen:
 
     async def circuit(self, name: str = "a") -> dict[str, Any]:
         headers = {"authorization": f"Bearer {ADMIN}"}
-        async with httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=PATIENCE) as admin:
+        async with httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=PATIENCE, verify=CLEAR) as admin:
             rows: list[dict[str, Any]] = (await admin.get("/admin/circuits")).json()
         (row,) = [row for row in rows if row["provider"] == name] or [{"state": "unknown"}]
         return row
@@ -73,7 +74,7 @@ class Seen:
             await asyncio.sleep(0.05)
 
     async def gauge(self, name: str = "a") -> int:
-        async with httpx2.AsyncClient(base_url=self.url, timeout=PATIENCE) as client:
+        async with httpx2.AsyncClient(base_url=self.url, timeout=PATIENCE, verify=CLEAR) as client:
             page = (await client.get("/metrics")).text
         (line,) = [one for one in page.splitlines() if one.startswith(f'breakwater_circuit_state{{provider="{name}"')]
         return int(float(line.rpartition(" ")[2]))
@@ -197,7 +198,7 @@ async def test_streams_that_are_cut_or_never_begin_open_it(breaks: Any) -> None:
         settings = config(a, recovery_ms=60_000)
         settings["providers"]["a"]["timeouts"] = {"first_event_ms": 30}
         async with stack(settings) as proxy:
-            async with httpx2.AsyncClient(base_url=proxy.url, timeout=PATIENCE) as client:
+            async with httpx2.AsyncClient(base_url=proxy.url, timeout=PATIENCE, verify=CLEAR) as client:
                 for _ in range(6):
                     answer = await client.post(CHAT, json={**BODY, "stream": True})
                     assert answer.status_code == 200 or answer.json()["error"]["type"] == "upstream_error"
@@ -211,7 +212,7 @@ async def test_a_deadline_of_the_clients_own_opens_nothing() -> None:
         await peer.gone()
 
     async with provider(hangs) as a, stack(config(a)) as proxy:
-        async with httpx2.AsyncClient(base_url=proxy.url, timeout=PATIENCE) as client:
+        async with httpx2.AsyncClient(base_url=proxy.url, timeout=PATIENCE, verify=CLEAR) as client:
             for _ in range(6):
                 answer = await client.post(CHAT, json=BODY, headers={"x-breakwater-timeout-ms": "20"})
                 assert answer.status_code == 504

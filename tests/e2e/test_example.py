@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.clear import CLEAR
 from tests.e2e.stack import ServeProcess, serving
 from tests.e2e.upstreams import PATIENCE, MockProcess, PortTaken, mock_process
 
@@ -53,7 +54,7 @@ def proxy(mock: MockProcess) -> Iterator[ServeProcess]:
 
 
 def post(base: str, body: dict[str, Any], path: str = "chat/completions") -> httpx2.Response:
-    answer = httpx2.post(f"{base}/{path}", json=body, timeout=30)
+    answer = httpx2.post(f"{base}/{path}", json=body, timeout=30, verify=CLEAR)
     assert answer.status_code == 200, answer.text
     return answer
 
@@ -98,6 +99,6 @@ def test_the_other_routes(mock: MockProcess, proxy: ServeProcess, path: str, bod
 
 def test_the_file_says_where_and_what(mock: MockProcess, proxy: ServeProcess) -> None:
     assert f"127.0.0.1:{MOCK_PORT}" in EXAMPLE.read_text()
-    listed = httpx2.get(f"{proxy.url}/v1/models", timeout=30).json()["data"]
-    assert listed == httpx2.get(f"{mock.url}/models", timeout=30).json()["data"]
+    listed = httpx2.get(f"{proxy.url}/v1/models", timeout=30, verify=CLEAR).json()["data"]
+    assert listed == httpx2.get(f"{mock.url}/models", timeout=30, verify=CLEAR).json()["data"]
     assert [line["event"] for line in proxy.lines() if line["event"] != "request.finished"] == ["server.started"]

@@ -15,6 +15,8 @@ import pytest
 
 from proxy.observability.events import RequestFinished
 from proxy.observability.upstream_events import UpstreamFailedOver, UpstreamRetried
+from tests import clear
+from tests.clear import CLEAR
 from tests.e2e.scene import ANSWER, CHAT, END, PATIENCE, SOON, SSE, Client, chunk, piece_of, plain, request, until
 from tests.e2e.stack import Stack, stack
 from tests.transport.servers import Peer, Received, Server, refusing, serve
@@ -89,7 +91,7 @@ async def pair(
 
 @contextlib.asynccontextmanager
 async def client_of(running: Stack) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=running.url, timeout=PATIENCE) as client:
+    async with httpx2.AsyncClient(base_url=running.url, timeout=PATIENCE, verify=CLEAR) as client:
         yield client
 
 
@@ -319,7 +321,9 @@ async def test_the_final_error_lists_every_attempt_and_nothing_secret() -> None:
 async def test_the_official_client_makes_no_further_attempt_of_its_own(status: int) -> None:
     async with pair(fault_tolerance={"retry": {**FAST, "max_attempts": 2}}) as (running, a, _):
         a.plays(plain(ERROR, status))
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="sk-any") as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1", api_key="sk-any", http_client=clear.async_client()
+        ) as client:
             with pytest.raises(openai.APIStatusError) as raised:
                 await client.chat.completions.create(model="only-a", messages=BODY["messages"])
         assert raised.value.status_code == (429 if status == 429 else 503)

@@ -14,10 +14,13 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.clear import CLEAR
 from tests.e2e.stack import ALONE, ServeProcess, serving
 from tests.e2e.upstreams import answering, base_url, http, scripted, sse
 from tests.edge.raw import Answer, Wire, eventually
 from tests.transport.servers import Peer, Received, Server, refusing
+
+pytestmark = pytest.mark.slow
 
 PROVIDER_KEY = "sk-provider-key-0123456789"
 CLIENT_KEY = "sk-client-key-0123456789"
@@ -109,7 +112,9 @@ def proxy(running: tuple[Upstream, ServeProcess], upstream: Upstream) -> ServePr
 
 @pytest.fixture
 def client(proxy: ServeProcess) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=proxy.url, timeout=30, headers={"authorization": f"Bearer {CLIENT_KEY}"}) as one:
+    with httpx2.Client(
+        base_url=proxy.url, timeout=30, headers={"authorization": f"Bearer {CLIENT_KEY}"}, verify=CLEAR
+    ) as one:
         yield one
 
 
@@ -452,7 +457,7 @@ def test_what_is_not_there(client: httpx2.Client, keyed: ServeProcess) -> None:
         envelope(client.get(path), 404, "unknown_url")
         envelope(client.post(path), 404, "unknown_url")
     head = {"authorization": f"Bearer {TENANT_KEY}"}
-    answer = httpx2.get(f"{keyed.url}/v1/audio/speech", headers=head)
+    answer = httpx2.get(f"{keyed.url}/v1/audio/speech", headers=head, verify=CLEAR)
     assert envelope(answer, 404, "unsupported_route")["type"] == "invalid_request_error"
 
 
@@ -464,7 +469,7 @@ def test_a_percent_encoded_prefix_is_the_same_path(client: httpx2.Client, upstre
 
 
 def test_administration(keyed: ServeProcess) -> None:
-    with httpx2.Client(base_url=keyed.url, timeout=30) as client:
+    with httpx2.Client(base_url=keyed.url, timeout=30, verify=CLEAR) as client:
         for path in ("/admin", "/admin/status", "/admin/config", "/admin/nothing", "/admin/openapi.json"):
             bodies = {
                 client.get(path, headers=headers).content
@@ -489,9 +494,9 @@ def test_administration(keyed: ServeProcess) -> None:
 
 def test_too_many_in_flight(keyed: ServeProcess) -> None:
     key = {"authorization": f"Bearer {TENANT_KEY}"}
-    with httpx2.Client(base_url=keyed.url, timeout=30, headers=key) as client:
-        stalled = {**CHAT, "model": "stall", "stream": True}
-        with client.stream("POST", "/v1/chat/completions", json=stalled) as one:
+    with httpx2.Client(base_url=keyed.url, timeout=30, headers=key, verify=CLEAR) as client:
+        lasting = {**CHAT, "model": "bench-4000-20", "stream": True}  # 4000 tokens, 20 a second
+        with client.stream("POST", "/v1/chat/completions", json=lasting) as one:
             assert one.status_code == 200
             for path in ("/v1/chat/completions", "/v1/models", "/v1/files"):
                 refused = client.post(path, json=CHAT)
@@ -748,6 +753,6 @@ def test_a_cut_reaches_the_client_as_a_cut(client: httpx2.Client, upstream: Upst
 def test_answering_helpers_are_what_they_say() -> None:
     """The scripts of these tests are themselves HTTP: a wrong one would test nothing."""
     with scripted(answering(lambda received: http(received.body))) as server:
-        assert httpx2.post(f"{base_url(server)}/x", content=b"abc").content == b"abc"
+        assert httpx2.post(f"{base_url(server)}/x", content=b"abc", verify=CLEAR).content == b"abc"
     with scripted(answering(lambda received: sse(*STREAM))) as server:
-        assert httpx2.get(f"{base_url(server)}/x").text.count("\n\n") == len(STREAM)
+        assert httpx2.get(f"{base_url(server)}/x", verify=CLEAR).text.count("\n\n") == len(STREAM)

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from proxy.observability.events import OwnershipLost, RequestFinished
+from tests import clear
 from tests.conformance.stores import namespace
 from tests.e2e.account import Account
 from tests.e2e.scene import until
@@ -22,7 +23,7 @@ from tests.transport.servers import serve
 
 __all__ = ["redis_binary", "redis_server"]  # fixtures, found here by pytest
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 KEYS = {name: f"bw-{name}-0123456789abcdef" for name in ("acme", "beta")}
 ASK: dict[str, Any] = {"model": "gpt-5", "input": "Hello"}
@@ -72,7 +73,9 @@ async def accounts(*names: str) -> AsyncIterator[tuple[dict[str, int], list[Acco
 
 def sdk(running: Stack, tenant: str = "acme") -> openai.AsyncOpenAI:
     key = KEYS.get(tenant, "any")
-    return openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0, timeout=20)
+    return openai.AsyncOpenAI(
+        base_url=f"{running.url}/v1", api_key=key, max_retries=0, timeout=20, http_client=clear.async_client()
+    )
 
 
 def both(running: Stack) -> tuple[openai.AsyncOpenAI, openai.AsyncOpenAI]:
@@ -274,7 +277,13 @@ def test_two_processes_know_the_same_owners(redis_server: RedisServer) -> None:
 
         def client(process: ServeProcess, tenant: str) -> openai.OpenAI:
             return stacked.enter_context(
-                openai.OpenAI(base_url=f"{process.url}/v1", api_key=KEYS[tenant], max_retries=0, timeout=20)
+                openai.OpenAI(
+                    base_url=f"{process.url}/v1",
+                    api_key=KEYS[tenant],
+                    max_retries=0,
+                    timeout=20,
+                    http_client=clear.client(),
+                )
             )
 
         acme, elsewhere = client(first, "acme"), client(second, "acme")

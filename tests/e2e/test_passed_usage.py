@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from proxy.observability.events import RequestFinished
+from tests.clear import CLEAR
 from tests.e2e.account import Account
 from tests.e2e.scene import END, SSE, chunk, plain
 from tests.e2e.stack import Stack, stack
@@ -48,7 +49,7 @@ async def scene() -> AsyncIterator[tuple[Stack, Account, httpx2.AsyncClient]]:
         }
         async with (
             stack(config) as gateway,
-            httpx2.AsyncClient(base_url=f"{gateway.url}/v1", headers=HEADERS, timeout=20) as client,
+            httpx2.AsyncClient(base_url=f"{gateway.url}/v1", headers=HEADERS, timeout=20, verify=CLEAR) as client,
         ):
             yield gateway, account, client
 
@@ -63,7 +64,7 @@ async def booked(gateway: Stack) -> tuple[int, int, int]:
 
 async def unknown(gateway: Stack) -> float:
     """Requests whose cost nobody knows, as a scrape sees them."""
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=20) as client:
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=20, verify=CLEAR) as client:
         page = (await client.get("/metrics")).text
     lines = [line for line in page.splitlines() if line.startswith("breakwater_cost_unknown_total{")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)

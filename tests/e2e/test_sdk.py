@@ -12,9 +12,12 @@ import pytest
 import yaml
 from openai import Omit
 
+from tests.clear import CLEAR
 from tests.e2e.sdk import KINDS, Sdk
 from tests.e2e.stack import ALONE, ServeProcess, serving
 from tests.e2e.upstreams import MockProcess, mock_process
+
+pytestmark = pytest.mark.slow
 
 HI: list[Any] = [{"role": "user", "content": "What holds the harbor? Grüße ✓"}]
 TOOL: Any = {
@@ -197,7 +200,7 @@ def test_responses(sdk: Sdk, model: str) -> None:
 
 def test_a_response_s_stream_has_no_done(proxy: ServeProcess) -> None:
     body = {"model": "any", "input": "hi", "stream": True}
-    answer = httpx2.post(f"{proxy.url}/v1/responses", json=body, timeout=30)
+    answer = httpx2.post(f"{proxy.url}/v1/responses", json=body, timeout=30, verify=CLEAR)
     assert answer.text.split("\n\n")[-2].startswith("event: response.completed\n")
     assert "[DONE]" not in answer.text
 

@@ -21,13 +21,15 @@ import openai
 import pytest
 import trustme
 
+from tests import clear
+from tests.clear import CLEAR
 from tests.e2e.stack import ServeProcess, serving
 from tests.redis_server import RedisServer, free_port, redis_binary, running
 from tests.store.faults import TcpProxy
 
 __all__ = ["redis_binary"]  # a fixture, found here by pytest
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 ADMIN = "bw-admin-key-0123456789"
 KEYS = {name: f"bw-{name}-0123456789abcdef" for name in ("local", "deny", "allow")}
@@ -65,7 +67,7 @@ def two(settings: dict[str, Any]) -> Iterator[tuple[ServeProcess, ServeProcess]]
 @asynccontextmanager
 async def client_of(process: ServeProcess, key: str) -> AsyncIterator[httpx2.AsyncClient]:
     headers = {"authorization": f"Bearer {key}"}
-    async with httpx2.AsyncClient(base_url=process.url, headers=headers, timeout=20) as client:
+    async with httpx2.AsyncClient(base_url=process.url, headers=headers, timeout=20, verify=CLEAR) as client:
         yield client
 
 
@@ -87,7 +89,7 @@ async def window(process: ServeProcess, tenant: str, name: str) -> dict[str, Any
 
 
 async def ready(process: ServeProcess) -> tuple[int, str]:
-    async with httpx2.AsyncClient(base_url=process.url) as client:
+    async with httpx2.AsyncClient(base_url=process.url, verify=CLEAR) as client:
         assert (await client.get("/livez")).text == "ok"
         answer = await client.get("/readyz")
         return answer.status_code, answer.text
@@ -135,7 +137,9 @@ async def test_two_processes_spend_one_budget_and_not_a_token_more(redis: RedisS
 
         async def spend(process: ServeProcess, stream: bool) -> None:
             nonlocal refused
-            async with openai.AsyncOpenAI(base_url=f"{process.url}/v1", api_key=KEYS["local"], max_retries=0) as sdk:
+            async with openai.AsyncOpenAI(
+                base_url=f"{process.url}/v1", api_key=KEYS["local"], max_retries=0, http_client=clear.async_client()
+            ) as sdk:
                 while True:
                     try:
                         if stream:

@@ -21,6 +21,8 @@ from tests.e2e.scene import SSE, chunk, piece_of, playing, request, scene, until
 from tests.e2e.stack import ServeProcess, serving
 from tests.edge.raw import PATIENCE, Answer, Wire, eventually
 
+pytestmark = pytest.mark.slow
+
 FAR = 60_000
 """Milliseconds that no test waits for."""
 

@@ -14,6 +14,7 @@ import pytest
 from proxy.observability.events import RequestFinished
 from proxy.providers.opening import chunk_promises, response_promises
 from proxy.types import Usage
+from tests.clear import CLEAR
 from tests.e2e.corpus import DONE, STOP, STREAMS, USAGE, Recorded, ends, read_events, said, stream
 from tests.e2e.scene import (
     CHAT,
@@ -30,7 +31,7 @@ from tests.e2e.scene import (
 )
 from tests.transport.servers import Peer, Script
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 Part = Callable[[Peer], Awaitable[None]]
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -428,7 +429,7 @@ async def test_a_failure_after_keep_alives_is_the_same_error_as_an_event(what: s
         assert isinstance(second, RequestFinished)
         assert (second.status, second.error_code) == (first.status, first.error_code) == (expected, first.error_code)
         assert not second.interrupted
-        async with httpx2.AsyncClient() as http:
+        async with httpx2.AsyncClient(verify=CLEAR) as http:
             page = (await http.get(on_stage.stack.url + "/metrics")).text
         counted = [line for line in page.splitlines() if line.startswith("breakwater_requests_total{")]
         assert [line for line in counted if f'status="{expected}"' in line and line.endswith(" 2")], counted

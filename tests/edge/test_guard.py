@@ -21,6 +21,8 @@ from proxy.edge.head import Limits
 
 from .raw import PATIENCE, Answer, Site, Wire, eventually, serving
 
+pytestmark = pytest.mark.slow
+
 SMALL = Limits(head_bytes=4096, header_count=20, url_bytes=1024, body_bytes=100_000)
 HASTY = Limits(head_seconds=0.8, body_seconds=0.8)
 HOST = b"Host: a\r\n"

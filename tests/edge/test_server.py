@@ -21,6 +21,8 @@ from proxy.edge.server import Listener, ListenFailed, Server
 
 from .raw import PATIENCE, Wire, eventually
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("site.py")
 FAR = "60000"
 """Milliseconds that no test waits for."""

@@ -25,6 +25,7 @@ import httpx2
 
 from proxy.budget.records import decoded
 from proxy.store.redis import RedisStore
+from tests.clear import CLEAR
 from tests.e2e.stack import ServeProcess
 from tests.redis_server import RedisServer
 
@@ -114,11 +115,11 @@ class MockProcess:
 
     async def entries(self, since: int = 0) -> list[dict[str, Any]]:
         """What was served after the entry with this id, refusals and requests in flight included."""
-        async with httpx2.AsyncClient(timeout=PATIENCE, trust_env=False) as client:
+        async with httpx2.AsyncClient(timeout=PATIENCE, trust_env=False, verify=CLEAR) as client:
             return list((await client.get(f"{self.origin}/__ledger", params={"since": since})).json()["entries"])
 
     async def last_id(self) -> int:
-        async with httpx2.AsyncClient(timeout=PATIENCE, trust_env=False) as client:
+        async with httpx2.AsyncClient(timeout=PATIENCE, trust_env=False, verify=CLEAR) as client:
             return int((await client.get(f"{self.origin}/__ledger", params={"limit": 0})).json()["last_id"])
 
     def close(self) -> None:
@@ -153,7 +154,7 @@ class Fleet:
 
     async def admin(self, path: str, process: int = 0, **query: str) -> httpx2.Response:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        async with httpx2.AsyncClient(headers=headers, timeout=PATIENCE, trust_env=False) as client:
+        async with httpx2.AsyncClient(headers=headers, timeout=PATIENCE, trust_env=False, verify=CLEAR) as client:
             return await client.get(f"{self.alive[process].url}{path}", params=query)
 
     async def circuits(self, process: int = 0) -> dict[tuple[str, str], dict[str, Any]]:

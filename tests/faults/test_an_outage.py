@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests import clear
 from tests.faults.fleet import LONG, Config, Fleet, fleet, key_of, report, until
 from tests.faults.load import Job, Stream
 from tests.redis_server import RedisServer, running
@@ -79,7 +80,9 @@ async def test_the_official_client_does_not_ask_again(server: RedisServer, strea
     tolerance = {"retry": SHORT_DELAYS}
     with fleet(server, 1, {"t": {}}, change=changed(**tolerance)) as found:
         options: Any = {"model": "down", "messages": [{"role": "user", "content": "Hello"}], "stream": stream}
-        async with openai.AsyncOpenAI(base_url=f"{found.alive[0].url}/v1", api_key=key_of("t")) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{found.alive[0].url}/v1", api_key=key_of("t"), http_client=clear.async_client()
+        ) as client:
             asks = [client.chat.completions.create(**options) for _ in range(asked)]
             answers = await asyncio.gather(*asks, return_exceptions=True)
         assert {type(one) for one in answers} == {openai.InternalServerError}

@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests import clear
 from tests.e2e.scene import END, SSE, chunk, piece_of
 from tests.faults.books import agree, closed
 from tests.faults.fleet import LONG, STRICT, Config, Fleet, fleet, key_of, limited, report, until
@@ -102,7 +103,9 @@ async def read_all(found: Fleet, kind: str) -> list[Seen]:
         async with turn:
             return await read(client, f"{KINDS.index(kind)}.{number}")
 
-    async with openai.AsyncOpenAI(base_url=f"{found.alive[0].url}/v1", api_key=key_of("t")) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{found.alive[0].url}/v1", api_key=key_of("t"), http_client=clear.async_client()
+    ) as client:
         return list(await asyncio.gather(*(one(client, number) for number in range(STREAMS))))
 
 
@@ -155,7 +158,9 @@ async def test_the_circuit_hears_of_streams_that_are_cut(server: RedisServer) ->
     async with upstream(lambda peer, received: peer.send(ANSWER)) as provider, wired(provider.port) as wire:
         wire.plan(cut)
         with fleet(server, 1, {"t": {}}, change=changed(provider, wire.port)) as found:
-            async with openai.AsyncOpenAI(base_url=f"{found.alive[0].url}/v1", api_key=key_of("t")) as client:
+            async with openai.AsyncOpenAI(
+                base_url=f"{found.alive[0].url}/v1", api_key=key_of("t"), http_client=clear.async_client()
+            ) as client:
                 seen = [await read(client, f"c.{number}") for number in range(5)]
                 assert [(one.words, one.raised) for one in seen] == [(1, "APIError")] * 5
                 await until(lambda: found.events("circuit.opened"), "the circuit to open")

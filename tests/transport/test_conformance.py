@@ -18,7 +18,7 @@ from proxy.transport.base import Origin, Request
 from tests.transport.adapters import AnyTransport, MakeTransport, body_of, fetch, soon, until
 from tests.transport.servers import Peer, answers, black_hole, refusing, serve, uvicorn_echo
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 OK = b"HTTP/1.1 200 OK\r\n"
 LENGTH = OK + b"Content-Length: 5\r\n\r\nhello"

@@ -15,6 +15,7 @@ import pytest
 from openai import OpenAI
 
 from proxy.providers.mock.counting import real_counts
+from tests import clear
 
 COUNT = real_counts()
 HI: list[Any] = [{"role": "user", "content": "What holds the harbor?"}]
@@ -63,7 +64,7 @@ def base_url() -> Iterator[str]:
 
 @pytest.fixture
 def client(base_url: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=base_url, api_key="sk-test", max_retries=0, timeout=20) as one:
+    with OpenAI(base_url=base_url, api_key="sk-test", max_retries=0, timeout=20, http_client=clear.client()) as one:
         yield one
 
 
@@ -175,7 +176,7 @@ def test_the_command_plays_a_script_and_ends_on_an_interrupt(tmp_path: Path) -> 
     script = tmp_path / "script.yaml"
     script.write_text("- {status: 418, json: {error: {message: teapot}}}\n")
     process, url = start("--script", str(script))
-    with OpenAI(base_url=url, api_key="sk-test", max_retries=0) as client:
+    with OpenAI(base_url=url, api_key="sk-test", max_retries=0, http_client=clear.client()) as client:
         with pytest.raises(openai.APIStatusError) as raised:
             client.chat.completions.create(model="any", messages=HI)
         assert raised.value.status_code == 418
