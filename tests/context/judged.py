@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from proxy.context.atoms import Dialect
-from proxy.tokens import prompts
+from proxy.tokens import walks
 
 Message = dict[str, Any]
 
@@ -15,7 +15,7 @@ Message = dict[str, Any]
 @lru_cache(maxsize=65_536)
 def tokens(raw: bytes) -> int:
     """As the counter would have it, but that every four characters of a text are a token."""
-    extra, texts = prompts.texts(prompts.MESSAGE, raw)
+    extra, texts = walks.texts(walks.MESSAGE, raw)
     return extra + sum(-(-len(text) // 4) for text in texts)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from proxy.context.atoms import Atom, Dialect, atoms_of
 from proxy.context.rewrite import MARKER_TOKENS, MASKED_TOKENS, marker, mask_savings, placeholder, removal, rewritten
 from proxy.context.trim import Cut
-from proxy.tokens import prompts
+from proxy.tokens import walks
 from proxy.tokens.vocabularies import SHARED, Vocabulary
 from tests.context.conversations import Case, cases
 
@@ -28,7 +28,7 @@ def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
 
 
 def cost(raw: bytes, vocabulary: Vocabulary) -> int:
-    extra, texts = prompts.texts(prompts.MESSAGE, raw)
+    extra, texts = walks.texts(walks.MESSAGE, raw)
     return extra + sum(map(vocabulary.count, texts))
 
 
