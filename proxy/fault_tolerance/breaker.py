@@ -175,8 +175,8 @@ class Circuit:
         """Generation of the fleet's record, as last seen; None before it was first seen."""
         self.view: View | None = None
         self.healed: int | None = None
-        """A generation of the fleet's record that a probe of ours proved wrong without a lease: while the store was away,
-        or after it was over."""
+        """A generation of the fleet's record that a probe of ours proved wrong without a lease: the store was away, or
+        the lease was over."""
         self.attempts_early = 0.0
         self._why = ""
 

@@ -27,7 +27,6 @@ from proxy.fault_tolerance.base import (
     Place,
     Probe,
     View,
-    Vote,
 )
 from proxy.fault_tolerance.breaker import Change, Circuit
 from proxy.store.base import StoreUnavailable
