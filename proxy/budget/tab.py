@@ -28,7 +28,7 @@ from proxy.budget.plan import Plan, Want
 from proxy.budget.policy import Policy
 from proxy.budget.pricing import cost
 from proxy.budget.records import Line
-from proxy.errors import ProxyError, UpstreamTimeout
+from proxy.errors import ProxyError, UpstreamError
 from proxy.tokens.encodings import encoding_of
 from proxy.tokens.meter import Meter
 from proxy.types import Event, Headers, Record, Target, Usage
@@ -253,7 +253,8 @@ class Tab:
     def _was_used(self, attempt: Attempt) -> bool:
         """Whether it may have cost something, although the provider said nothing of it."""
         failed = attempt.failed
-        refused = attempt.status == 0 and failed is not None and not isinstance(failed, UpstreamTimeout)
+        late = isinstance(failed, UpstreamError) and failed.timed_out
+        refused = attempt.status == 0 and failed is not None and not late
         return not (attempt.status >= 300 or refused or self.want.free)
 
     async def _estimated(self, attempt: Attempt) -> Usage:

@@ -309,7 +309,7 @@ class OpenAIProvider:
             raise moved.but(reason="redirect", retryable=False)
         if status == 504:
             late = UpstreamTimeout("The provider answered 504: it timed out itself.", headers=wait, **facts)
-            raise late.but(reason="server_error", retryable=True, asked=seconds)
+            raise late.but(reason="server_error", retryable=True, timed_out=False, asked=seconds)
         reason = "overloaded" if status in (503, 529) else "server_error"
         down = UpstreamUnavailable(f"The provider answered {status}.", headers=wait, **facts)
         raise down.but(reason=reason, asked=seconds)

@@ -126,6 +126,7 @@ async def test_with_one_target_the_refusal_is_at_once() -> None:
         assert asyncio.get_running_loop().time() - began < 1.0
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "upstream_unavailable")
         assert refused.headers["x-should-retry"] == "false"
+        assert "x-breakwater-provider" not in refused.headers  # nobody was asked
         assert [one["reason"] for one in refused.json()["error"]["breakwater"]["attempts"]] == ["circuit_open"]
         assert len(a.asked) == 5
 

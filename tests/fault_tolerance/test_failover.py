@@ -252,8 +252,8 @@ async def test_one_deadline_holds_over_everything() -> None:
 
 
 async def test_an_attempt_that_had_only_the_rest_of_the_time_is_no_evidence() -> None:
-    stage = Stage(deadline=0.3)
-    stage.add("a", HANGS, timeouts=Timeouts(0.2, 0.2, 0.2))
+    stage = Stage(deadline=1.0)
+    stage.add("a", HANGS, timeouts=Timeouts(0.8, 0.8, 0.8))
     stage.add("b", HANGS)
     with pytest.raises(UpstreamTimeout):
         await stage.run()
@@ -517,6 +517,16 @@ async def test_a_timed_out_attempt_stays_charged_beside_the_one_that_answered() 
     assert usage.estimated
     assert usage.input > 3
     assert usage.output > 2
+
+
+async def test_a_provider_that_says_it_was_late_has_answered_and_bills_nothing() -> None:
+    stage = Stage()
+    stage.add("a", whole(b"{}", 504))
+    stage.add("b", GOOD)
+    await stage.run()
+    usage = stage.record.usage
+    assert usage is not None
+    assert (usage.input, usage.output, usage.estimated) == (3, 2, False)
 
 
 async def test_a_full_account_is_passed_over_and_where_all_are_full_the_answer_says_so() -> None:
