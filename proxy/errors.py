@@ -244,7 +244,7 @@ class UpstreamBroken(UpstreamUnavailable):
         self.reason = reason
         if reason in ("encoding", "too_large"):  # the same again would bring the same
             self.retryable = False
-            self.failover = reason == "encoding"
+            self.failover = self.trips_breaker = reason == "encoding"  # how much it is, the client has asked for
 
 
 class UpstreamTimeout(UpstreamError):

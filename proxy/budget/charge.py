@@ -11,6 +11,7 @@ a store that never got it has nothing to settle.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
@@ -85,8 +86,8 @@ class Charge(Tab):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        attempt, complete = self._attempt, kind is None
-        if attempt is not None and attempt.usage is None and attempt.status < 300:
+        complete = kind is None
+        if self._must_count():
             await self._leave(partial(self._close, complete=complete))  # there is something to count
         elif self._budget.prompt:
             await self._finish(complete=complete)  # The store never waits: no cancellation can come in between.
@@ -121,7 +122,7 @@ class Charge(Tab):
 
     async def _finish(self, *, complete: bool) -> None:
         try:
-            await self._end_attempt(complete=complete)
+            await super()._finish(complete=complete)
         finally:
             if self._parent is None:
                 await self._settle()
@@ -138,8 +139,8 @@ class Charge(Tab):
     async def cover(self, target: Target) -> None:
         """Before each attempt. Raises ProviderFull (try another target), BudgetExceeded, ModelPriceUnknown,
         RequestExceedsBudget, ContextExceeded, StoreUnavailable."""
-        if self._attempt is not None:
-            await self._end_attempt(complete=False)
+        if self._attempt is not None and (ending := await self._follow()) is not None:
+            await asyncio.shield(ending)  # What it came to is held beside the next one.
         if self._full is not None and (full := self._full.pop(target, None)) is not None:
             raise full
         plan, self._plan = self._plan, None

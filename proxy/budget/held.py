@@ -22,10 +22,13 @@ NO_RISK: Final[Risks] = ((), 0, 0)
 class Attempt:
     """One try at one target."""
 
-    __slots__ = ("failed", "measured", "meter", "nano_usd", "next_check", "plan", "seen_bytes", "status", "usage")
+    __slots__ = ("failed", "measured", "meter", "nano_usd", "next_check", "number", "plan", "seen_bytes", "status",
+                 "usage")  # fmt: skip
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, number: int) -> None:
         self.plan = plan
+        self.number = number
+        """From 1, under one reservation."""
         self.meter: Meter | None = None
         """Of a reply whose usage was not told yet."""
         self.status = 0

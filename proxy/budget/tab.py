@@ -28,7 +28,7 @@ from proxy.budget.plan import Plan, Want
 from proxy.budget.policy import Policy
 from proxy.budget.pricing import cost
 from proxy.budget.records import Line
-from proxy.errors import ProxyError, UpstreamTimeout
+from proxy.errors import ProxyError, UpstreamError
 from proxy.tokens.encodings import encoding_of
 from proxy.tokens.meter import Meter
 from proxy.types import Event, Headers, Record, Target, Usage
@@ -45,8 +45,8 @@ SETTLE_SECONDS: Final = 2.0
 class Tab:
     """Made by `Budget.hold`. One task uses it."""
 
-    __slots__ = ("_afterwards", "_attempt", "_budget", "_head", "_key", "_parent", "_record", "_spent", "_targets",
-                 "degraded", "output_cap", "policy", "request_id", "want")  # fmt: skip
+    __slots__ = ("_afterwards", "_attempt", "_budget", "_ending", "_head", "_key", "_parent", "_record", "_spent",
+                 "_targets", "degraded", "output_cap", "policy", "request_id", "want")  # fmt: skip
 
     def __init__(
         self,
@@ -79,6 +79,8 @@ class Tab:
         self._key = key
         self._afterwards = afterwards
         self._attempt: Attempt | None = None
+        self._ending: list[asyncio.Task[None]] = []
+        """Attempts that others have followed, and that are still being counted."""
         self._head: Head | None = None
 
     @property
@@ -100,11 +102,15 @@ class Tab:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        attempt = self._attempt
-        if attempt is None or attempt.usage is not None or attempt.status >= 300:
-            await self._end_attempt(complete=kind is None)  # Nothing to count: nothing that waits.
-        else:
+        if self._must_count():
             await self._leave(partial(self._close, complete=kind is None))
+        else:
+            await self._end_attempt(complete=kind is None)  # Nothing that waits.
+
+    def _must_count(self) -> bool:
+        """Whether the books cannot be closed without waiting."""
+        attempt = self._attempt
+        return bool(self._ending) or (attempt is not None and attempt.usage is None and attempt.status < 300)
 
     async def _leave(self, closing: Job) -> None:
         if self._afterwards is None:
@@ -122,20 +128,44 @@ class Tab:
             pass  # It goes on by itself, and its owner waits for it at the end of the process.
 
     async def _finish(self, *, complete: bool) -> None:
-        await self._end_attempt(complete=complete)
+        try:
+            if self._ending:
+                for found in await asyncio.gather(*self._ending, return_exceptions=True):
+                    if found is not None:
+                        raise found
+        finally:
+            await self._end_attempt(complete=complete)
 
     # -- attempts ----------------------------------------------------------------------------------------------------
 
     async def cover(self, target: Target) -> None:
         """Before each attempt. Raises nothing, where nobody can refuse."""
         if self._attempt is not None:
-            await self._end_attempt(complete=False)
+            await self._follow()
         self._begin(self._budget.unreserved(self, target))
 
     def _begin(self, plan: Plan) -> Attempt:
         self._spent.attempts += 1
-        self._attempt = attempt = Attempt(plan)
+        self._attempt = attempt = Attempt(plan, self._spent.attempts)
         return attempt
+
+    async def _follow(self) -> asyncio.Task[None] | None:
+        """Closes the books of an attempt, so that another one can follow. Does not wait for what must be counted: that
+        is a task, which goes on whatever becomes of the caller, and which leaving waits for."""
+        attempt = self._attempt
+        if attempt is None or attempt.usage is not None or not self._was_used(attempt):
+            await self._end_attempt(complete=False)
+            return None
+        self._attempt = None
+        task = self._budget.track(self._end_meanwhile(attempt))
+        self._ending.append(task)
+        return task
+
+    async def _end_meanwhile(self, attempt: Attempt) -> None:
+        await self._end(attempt, complete=False)
+        going_on = self._attempt
+        if going_on is not None and going_on.usage is not None:
+            self._tell(going_on, going_on.usage)  # beside what is known now
 
     def answered(self, status: int) -> None:
         """The provider's answer has begun."""
@@ -186,6 +216,9 @@ class Tab:
         """What is known before the books are closed: for headers and the trailer."""
         spent, record = self._spent, self._record
         attempt.nano_usd = nano = self._cost(attempt.plan, usage)
+        for task in self._ending:
+            if not task.done() and task is not asyncio.current_task():
+                return  # the rest of it is not known yet
         if spent.usage is None:
             record.usage = usage
         else:
@@ -204,28 +237,33 @@ class Tab:
 
     async def _end_attempt(self, *, complete: bool) -> None:
         attempt, self._attempt = self._attempt, None
-        if attempt is None:
-            return
+        if attempt is not None:
+            await self._end(attempt, complete=complete)
+
+    async def _end(self, attempt: Attempt, *, complete: bool) -> None:
         usage = attempt.usage
         try:
-            if usage is None:
+            if usage is None and self._was_used(attempt):
                 usage = await self._estimated(attempt)
-                attempt.nano_usd = None if usage is None else self._cost(attempt.plan, usage)
+                attempt.nano_usd = self._cost(attempt.plan, usage)
         finally:
             if usage is not None:
                 self._bill(attempt, usage, complete=complete)
 
-    async def _estimated(self, attempt: Attempt) -> Usage | None:
-        """What an attempt came to of which the provider said nothing; None: nothing."""
-        timed_out = isinstance(attempt.failed, UpstreamTimeout)
-        refused = attempt.status == 0 and attempt.failed is not None and not timed_out
-        if attempt.status >= 300 or refused or self.want.free:
-            return None  # Nothing to count: the next attempt waits for this.
+    def _was_used(self, attempt: Attempt) -> bool:
+        """Whether it may have cost something, although the provider said nothing of it."""
+        failed = attempt.failed
+        late = isinstance(failed, UpstreamError) and failed.timed_out
+        refused = attempt.status == 0 and failed is not None and not late
+        return not (attempt.status >= 300 or refused or self.want.free)
+
+    async def _estimated(self, attempt: Attempt) -> Usage:
+        """What an attempt came to of which the provider said nothing."""
         await count(self._budget.counter, self.want, attempt.plan.target)
         given = self.want.input_tokens
         if attempt.status == 0:
             # Without a failure the client left while the provider was at work.
-            return Usage(given, attempt.plan.estimate.expected if timed_out else 0, estimated=True)
+            return Usage(given, 0 if attempt.failed is None else attempt.plan.estimate.expected, estimated=True)
         if self.want.ask.dialect == "passthrough":
             return Usage(estimated=True)  # It was used, and nobody knows how much.
         output = await self._output_of(attempt)
@@ -263,7 +301,7 @@ class Tab:
     def _line(self, attempt: Attempt, usage: Usage) -> Line:
         return Line(
             self._spent.id, self._budget.wall_ms(), self.request_id, self.policy.tenant, self._key,
-            attempt.plan.target, self.want.tags, usage, attempt.nano_usd, attempt.status, self._spent.attempts,
+            attempt.plan.target, self.want.tags, usage, attempt.nano_usd, attempt.status, attempt.number,
         )  # fmt: skip
 
     def _book(self, attempt: Attempt, line: Line, learn: bool) -> None:

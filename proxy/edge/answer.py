@@ -225,7 +225,7 @@ class Answer:
     def _own_headers(self, *, answered: bool) -> Headers:
         own: Headers = [(b"x-request-id", self._request_id.encode()), (b"traceparent", self._traceparent.encode())]
         record = self.record
-        if record.provider and answered:
+        if record.attempts and answered:
             own.append((b"x-breakwater-provider", record.provider.encode()))
             if record.upstream_model:
                 own.append((b"x-breakwater-model", _header_text(record.upstream_model)))

@@ -55,8 +55,9 @@ FLAPS_SECONDS: Final = 60.0
 EARLY_PART: Final = 0.05
 """Of the requests that find all targets open, those that may be sent as a probe before its time."""
 EARLY_SAVED: Final = 5.0
-LONGEST_PROBE: Final = 900.0
-"""Seconds after which even a probe that goes on is no probe any more."""
+LONGEST_PROBE: Final = 30.0
+"""Seconds, or the recovery time where that is longer, after which a probe that goes on keeps no other from being sent:
+it may hang at a provider that has recovered meanwhile. If it succeeds after all, that still counts."""
 
 
 def after(state: State, happening: Happening) -> State:
@@ -102,7 +103,7 @@ class Change(msgspec.Struct, frozen=True, gc=False):
 class Lease:
     """The right to send one probe."""
 
-    __slots__ = ("early", "generation", "number", "since", "taken", "until")
+    __slots__ = ("early", "generation", "late", "number", "opened_at", "since", "taken", "until")
 
     def __init__(self, number: int, since: float, until: float, generation: int, *, early: bool) -> None:
         self.number = number
@@ -114,6 +115,10 @@ class Lease:
         self.early = early
         self.taken = False
         """The probe is under way."""
+        self.late = False
+        """It was not waited for any longer."""
+        self.opened_at = 0.0
+        """Of the circuit: it was opened then."""
 
 
 class Circuit:
@@ -170,7 +175,8 @@ class Circuit:
         """Generation of the fleet's record, as last seen; None before it was first seen."""
         self.view: View | None = None
         self.healed: int | None = None
-        """A generation of the fleet's record that a probe of ours proved wrong while the store was away."""
+        """A generation of the fleet's record that a probe of ours proved wrong without a lease: the store was away, or
+        the lease was over."""
         self.attempts_early = 0.0
         self._why = ""
 
@@ -231,12 +237,13 @@ class Circuit:
         if early:
             self.attempts_early -= 1.0
         self.lease = Lease(number, self._rules.clock(), until, self.fleet or 0, early=early)
+        self.lease.opened_at = self.opened_at
         return self._move("granted")
 
     def ended(self, lease: Lease, *, success: bool, why: str = "", local: bool = False) -> Change | None:
         """The probe came back. Dropped if it is not, or no longer, this circuit's."""
         if lease is not self.lease:
-            return None
+            return self._ended_late(lease) if success and lease.late else None
         now = self._rules.clock()
         if success:
             if lease.number == 0 and self.scope == "fleet":
@@ -252,6 +259,28 @@ class Circuit:
             if local:
                 self.not_before = due
         return self._move("failure", due=due, why=(("", why),))
+
+    def _ended_late(self, lease: Lease) -> Change | None:
+        """The provider is slow, and not dead: of the same outage, that is as good as a success in time."""
+        if self.state == "closed" or self.by_hand or lease.opened_at != self.opened_at:
+            return None
+        if self.scope == "fleet":
+            if lease.generation != self.fleet:
+                return None
+            self.healed = lease.generation
+        return self._move("healed")
+
+    def expired(self) -> Lease | None:
+        """The probe, if nobody has sent it in time, or it goes on for too long."""
+        lease, now = self.lease, self._rules.clock()
+        if lease is None:
+            return None
+        if not lease.taken:
+            return lease if now >= lease.until else None
+        if now < lease.since + max(self._rules.recovery, LONGEST_PROBE):
+            return None
+        lease.late, lease.until = True, now
+        return lease
 
     def given_back(self, lease: Lease, *, over: bool = False) -> Change | None:
         """The probe says nothing, or its lease is `over`: the next may be sent at once."""

@@ -73,13 +73,13 @@ class Failover:
 
     def bounds(self, call: Call) -> Bounds:
         """What the request may take from now on. Raises InvalidRequest for a header that is no time."""
-        seconds = self._deadline
+        seconds = whole = self._deadline
         wanted = call.timeout_ms
         if wanted is not None:
             if not _WHOLE.fullmatch(wanted) or not int(wanted):
                 raise InvalidRequest(f"{TIMEOUT_HEADER} must be a whole number of milliseconds, at least 1.")
             seconds = min(seconds, int(wanted) / 1000)
-        return Bounds(self.now() + seconds, self._max_calls)
+        return Bounds(self.now() + seconds, self._max_calls, whole if seconds == whole else 0.0)
 
     def open(
         self,
@@ -308,7 +308,7 @@ class Opening:
 
     def _failed(self, permit: Permit, error: UpstreamError) -> None:
         """What the deadline of the request cut short is no evidence against anybody."""
-        if self._bounds.over(self._failover.now()):
+        if self._bounds.cut_short(self._failover.now(), self._seconds()):
             permit.ignored()
         else:
             permit.failed(error)

@@ -99,12 +99,12 @@ class Record:
         """The probe, if nobody has it, it is due, and the process knows the record as it is."""
         self.expire(now)
         self._catch_up(generation)
-        if self.owner == process:  # asked twice, since the first answer was lost
-            self.probe_until = now + lease_ms
-            return Granted(self.number)
-        if self.owner or self.by_hand or generation != self.generation:
+        # Asked again by its owner: the answer was lost, or the news of its end is still on the way, and comes too late
+        # for a number that is new.
+        mine = self.owner == process
+        if (self.owner and not mine) or self.by_hand or generation != self.generation:
             return None
-        if now < self.last_probe + EARLY_MS if early else self.state == "open" and now < self.due:
+        if (now < self.last_probe + EARLY_MS and not mine) if early else self.state == "open" and now < self.due:
             return None
         self.owner, self.number = process, max(self.number + 1, now)
         self.probe_until, self.probe_generation, self.last_probe = now + lease_ms, self.generation, now

@@ -209,6 +209,12 @@ class Circuits:
         """Tells of a change, and has the fleet know."""
         if change is None:
             return
+        if (
+            change.was == change.to
+            and change.happening == "vote"
+            and all(who == self._process for who, _ in change.why)
+        ):
+            return  # it lives alone: the fleet says what this process has told already
         provider, model = change.place
         mode = "enforce" if self._refuses else "observe"
         why = tuple(f"{who or self._process}: {reason}" for who, reason in change.why)

@@ -27,9 +27,8 @@ from proxy.fault_tolerance.base import (
     Place,
     Probe,
     View,
-    Vote,
 )
-from proxy.fault_tolerance.breaker import LONGEST_PROBE, Change, Circuit
+from proxy.fault_tolerance.breaker import Change, Circuit
 from proxy.store.base import StoreUnavailable
 
 BUSY_SECONDS: Final = 0.25
@@ -76,7 +75,8 @@ class Keeper:
         self._since_ms = 0
         self._wake = asyncio.Event()
         self._conclusions: deque[Conclusion] = deque(maxlen=_MOST_WAITING)
-        self._restatements: list[Vote] = []
+        self._forgotten: list[Circuit] = []
+        """Open ones whose record the store has lost."""
         self._asking: dict[Place, asyncio.Task[None]] = {}
         self._ask_again: dict[Place, float] = {}
         self._tender: asyncio.Task[None] | None = None
@@ -182,19 +182,20 @@ class Keeper:
 
     def _expire(self) -> None:
         """Gives back probes that nobody sent, or that go on for too long."""
-        now = self._clock()
         for circuit in self._circuits():
-            lease = circuit.lease
-            if lease is not None and now >= (lease.since + LONGEST_PROBE if lease.taken else lease.until):
+            lease = circuit.expired()
+            if lease is not None:
                 self._tell(circuit.given_back(lease, over=True))
                 if lease.number:
                     self._conclusions.append(Conclusion(circuit, lease.number, "lost", 0, lease.generation))
 
     async def _conclude(self) -> None:
-        for circuit in self._circuits():
-            if circuit.healed is not None:
-                view = await self._conclusion(Conclusion(circuit, 0, "success", 0, circuit.healed))
-                circuit.healed = None
+        for circuit in list(self._circuits()):  # a request that comes meanwhile may bring a new one
+            healed = circuit.healed
+            if healed is not None:
+                view = await self._conclusion(Conclusion(circuit, 0, "success", 0, healed))
+                if circuit.healed == healed:
+                    circuit.healed = None
                 self._tell(circuit.adopt(view))
         while self._conclusions:
             one = self._conclusions.popleft()
@@ -217,10 +218,9 @@ class Keeper:
         votes = [vote for circuit in circuits if (vote := circuit.vote()) is not None]
         leases = {circuit.place: circuit.lease for circuit in circuits if circuit.lease is not None}
         probes = [Probe(place, lease.number) for place, lease in leases.items() if lease.number and lease.taken]
+        votes += [said for circuit in self._forgotten if (said := circuit.restatement()) is not None]
         until = self._clock() + LEASE_MS / 1000 - _MARGIN
-        report = await self._store.report(
-            self._process, [*votes, *self._restatements], probes, self._since_ms, alive_ms=ALIVE_MS
-        )
+        report = await self._store.report(self._process, votes, probes, self._since_ms, alive_ms=ALIVE_MS)
         self._since_ms, self.live = report.now_ms, report.live
         for probe in probes:
             lease = leases[probe.place]
@@ -231,6 +231,4 @@ class Keeper:
         for view in report.views:
             self._tell(self._of(view.place).adopt(view))
         known = {view.place for view in report.views}
-        self._restatements = [
-            said for circuit in circuits if circuit.place not in known and (said := circuit.restatement()) is not None
-        ]
+        self._forgotten = [one for one in circuits if one.place not in known and one.restatement() is not None]

@@ -43,17 +43,24 @@ class RetryPolicy:
 class Bounds:
     """What one client request may take altogether, its repairs and other children included."""
 
-    __slots__ = ("calls", "deadline")
+    __slots__ = ("calls", "deadline", "whole")
 
-    def __init__(self, deadline: float, calls: int) -> None:
+    def __init__(self, deadline: float, calls: int, whole: float = 0.0) -> None:
         self.deadline = deadline
         """On the loop's clock: plain replies end before it, streams begin before it."""
         self.calls = calls
         """Calls to providers that are left."""
+        self.whole = whole
+        """Seconds from the beginning to the deadline, where that is the configuration's own; 0: the client's."""
 
     def over(self, now: float) -> bool:
         """Whether the deadline has passed."""
         return now >= self.deadline - CLOCK_SLACK
+
+    def cut_short(self, now: float, seconds: float) -> bool:
+        """Whether the deadline ended an attempt of so many `seconds`, which says nothing of the provider then. One that
+        had most of the time that the operator gives to a whole request was not cut short: it did not answer."""
+        return self.over(now) and not (self.whole and seconds >= self.whole / 2)
 
 
 class Step(NamedTuple):

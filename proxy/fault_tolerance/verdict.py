@@ -1,6 +1,6 @@
 """What a client is told when every attempt has failed. Pure.
 
-    only the deadline is over                      504 upstream_timeout
+    the deadline has passed                        504 upstream_timeout
     every target is full (its account's budget)    429 budget_exceeded
     every target says 429, or rests after one      429 upstream_rate_limited, with the shortest Retry-After
     every target timed out                         504 upstream_timeout
@@ -81,7 +81,7 @@ def verdict(
 
 
 def _summary(last: Sequence[Standing], *, now: float, late: bool) -> UpstreamError:
-    if late and (not last or _any_timed_out(last)):
+    if late:
         return UpstreamTimeout("The deadline of this request passed before a provider had answered.")
     if len(last) == 1 and last[0].error is not None and not last[0].skipped:
         return last[0].error
@@ -90,16 +90,13 @@ def _summary(last: Sequence[Standing], *, now: float, late: bool) -> UpstreamErr
         return UpstreamRateLimited(message, headers=_come_back(last, now))
     if last and all(isinstance(one.error, UpstreamTimeout) and not one.skipped for one in last):
         return UpstreamTimeout("No provider of this model answered in time.")
-    return UpstreamUnavailable("No provider of this model can answer now.")
+    headers = _come_back(last, now) if all(one.asked is not None for one in last) else []
+    return UpstreamUnavailable("No provider of this model can answer now.", headers=headers)
 
 
 def _refusal(refused: Sequence[TargetRefused]) -> TargetRefused:
     full = [one for one in refused if isinstance(one, ProviderFull)]
     return min(full, key=lambda one: one.retry_after_ms) if full else refused[0]
-
-
-def _any_timed_out(last: Sequence[Standing]) -> bool:
-    return any(isinstance(one.error, UpstreamTimeout) for one in last)
 
 
 def _is_rate_limited(one: Standing) -> bool:

@@ -27,6 +27,7 @@ import orjson
 
 from proxy import __version__
 from proxy.errors import (
+    ConnectFailed,
     StreamInterrupted,
     UpstreamError,
     UpstreamRateLimited,
@@ -132,7 +133,10 @@ class OpenAIProvider:
         self, ask: Ask, model: str, *, output_cap: int | None = None, deadline: float | None = None
     ) -> Reply:
         """See `Provider.open`."""
-        own = self._now() + (self.timeouts.first_event if ask.stream else self.timeouts.total)
+        now = self._now()
+        if deadline is not None and deadline <= now:
+            raise ConnectFailed("The deadline of the request passed before it was sent.", reason="timeout")
+        own = now + (self.timeouts.first_event if ask.stream else self.timeouts.total)
         deadline = own if deadline is None or own < deadline else deadline
         if not ask.stream or ask.wants_usage or ask.dialect not in _USAGE_OPTION or model in self._refuses_usage:
             return await self._try(ask, model, deadline, output_cap, asked_usage=False)
@@ -305,10 +309,11 @@ class OpenAIProvider:
             moved = UpstreamUnavailable(f"The provider answered {status}.", **facts)
             raise moved.but(reason="redirect", retryable=False)
         if status == 504:
-            late = UpstreamTimeout("The provider answered 504: it timed out itself.", **facts)
-            raise late.but(reason="server_error", retryable=True, asked=seconds)
+            late = UpstreamTimeout("The provider answered 504: it timed out itself.", headers=wait, **facts)
+            raise late.but(reason="server_error", retryable=True, timed_out=False, asked=seconds)
         reason = "overloaded" if status in (503, 529) else "server_error"
-        raise UpstreamUnavailable(f"The provider answered {status}.", **facts).but(reason=reason, asked=seconds)
+        down = UpstreamUnavailable(f"The provider answered {status}.", headers=wait, **facts)
+        raise down.but(reason=reason, asked=seconds)
 
     async def _passed_refusal(self, response: Response, deadline: float) -> Reply:
         """The client's own fault, in the provider's own words."""

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from proxy.errors import UpstreamError, UpstreamRateLimited, UpstreamUnavailable
+from proxy.errors import StreamInterrupted, UpstreamError, UpstreamRateLimited, UpstreamUnavailable
 from proxy.providers.too_long import figures_in, says_too_long
 from proxy.types import TooLong
 
@@ -143,6 +143,15 @@ def fault_in(message: str, error: object) -> UpstreamError:
     if meaning != "fault":  # the request's own fault, told in a way that leaves nothing to pass on
         fault.but(reason="refused", retryable=False, trips_breaker=False)
     return fault
+
+
+def interrupted(message: str, event: bytes | None) -> StreamInterrupted:
+    """Of a stream that ends with an error; `event` as in StreamInterrupted. Only a fault of the provider's counts
+    against it: what a client writes, or an account lacks, must shut it for nobody."""
+    error = StreamInterrupted(message, event=event)
+    if event is not None and meaning_of(error_object(event)) != "fault":
+        error.but(reason="refused", trips_breaker=False)
+    return error
 
 
 def quota_spent(**details: Any) -> UpstreamUnavailable:

@@ -20,6 +20,7 @@ import msgspec
 
 from proxy.errors import StreamInterrupted, UpstreamBroken, UpstreamError, UpstreamTimeout
 from proxy.providers.opening import MAX_HELD_BYTES, Promises, all_bring
+from proxy.providers.refusals import interrupted
 from proxy.providers.reshape import lenient, without_null_usage
 from proxy.tokens.usage import usage_of
 from proxy.transport.base import Response
@@ -239,7 +240,7 @@ class StreamReply:
         Raises UpstreamTimeout, UpstreamBroken, and StreamInterrupted for a stream that begins with an error.
         """
         held: list[Event] = []
-        size = 0
+        size, latest = 0, deadline
         while not (self._begun or self._ended or size > MAX_HELD_BYTES):
             piece, start = start or await self._response.read(deadline), b""
             if not piece:
@@ -253,7 +254,8 @@ class StreamReply:
             if event is not None:
                 held.append(event)
                 size += len(event.data)
-                deadline = min(deadline, self._now() + self._idle)
+            if held:
+                deadline = min(latest, self._now() + self._idle)
             if self._failed is not None and not self._begun:
                 raise self._failed
         if held or self._terminated:
@@ -339,8 +341,7 @@ class StreamReply:
                     break
         except Interrupted as stop:
             changed = True
-            event = self._scrub(stop.event) if stop.event is not None else None
-            self._failed = StreamInterrupted(stop.message, event=event)
+            self._failed = interrupted(stop.message, self._scrub(stop.event) if stop.event is not None else None)
         data_out = b"".join(passed) if changed else block
         return Event(data_out, usage, terminator) if data_out or usage else None
 

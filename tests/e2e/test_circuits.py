@@ -15,7 +15,7 @@ import pytest
 
 from proxy.observability.upstream_events import CircuitClosed, CircuitHalfOpen, CircuitOpened
 from tests.clear import CLEAR
-from tests.e2e.scene import ANSWER, CHAT, PATIENCE, SSE, chunk, piece_of, plain, until
+from tests.e2e.scene import ANSWER, CHAT, END, PATIENCE, SSE, chunk, piece_of, plain, until
 from tests.e2e.stack import ServeProcess, Stack, serving, stack
 from tests.e2e.test_failover import BODY, ERROR, Provider, provider
 from tests.redis_server import RedisServer, redis_binary, running
@@ -28,6 +28,8 @@ pytestmark = pytest.mark.anyio
 ADMIN = "bw-admin-key-0123456789"
 DOWN = plain(ERROR, 503)
 RECOVERY_MS = 300
+LONGER_MS = 1500
+"""Where several requests must come before it, on a busy machine as well."""
 
 
 def config(*providers: Provider, recovery_ms: int = RECOVERY_MS, **more: Any) -> dict[str, Any]:
@@ -98,14 +100,14 @@ def moves(running: Stack) -> list[str]:
 
 
 async def test_an_outage_that_the_second_target_hides() -> None:
-    async with provider(DOWN) as a, provider() as b, stack(config(a, b)) as proxy:
+    async with provider(DOWN) as a, provider() as b, stack(config(a, b, recovery_ms=LONGER_MS)) as proxy:
         seen = Seen(proxy.url)
         assert [await seen.answerer() for _ in range(8)] == ["b"] * 8
         assert len(a.asked) == 5  # then it is open
         assert (await seen.circuit())["state"] == "open"
         await seen.shows(2)
         a.plays(plain(ANSWER))
-        await asyncio.sleep(RECOVERY_MS * 1.2 / 1000)  # what no event announces: the longest time that it stays open
+        await asyncio.sleep(LONGER_MS * 1.2 / 1000)  # what no event announces: the longest time that it stays open
         deadline = asyncio.get_running_loop().time() + PATIENCE
         while await seen.answerer() != "a":
             assert asyncio.get_running_loop().time() < deadline
@@ -125,6 +127,7 @@ async def test_with_one_target_the_refusal_is_at_once() -> None:
         assert asyncio.get_running_loop().time() - began < 1.0
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "upstream_unavailable")
         assert refused.headers["x-should-retry"] == "false"
+        assert "x-breakwater-provider" not in refused.headers  # nobody was asked
         assert [one["reason"] for one in refused.json()["error"]["breakwater"]["attempts"]] == ["circuit_open"]
         assert len(a.asked) == 5
 
@@ -205,6 +208,22 @@ async def test_streams_that_are_cut_or_never_begin_open_it(breaks: Any) -> None:
             row = await Seen(proxy.url).circuit()
             assert row["state"] == "open"
             assert len(a.asked) == 5
+
+
+@pytest.mark.parametrize("code", ["content_filter", "context_length_exceeded", "rate_limit_exceeded"])
+async def test_an_error_event_that_is_no_fault_of_the_providers_opens_nothing(code: str) -> None:
+    refusal = b'data: {"error":{"message":"no","type":"","code":"%b"}}\n\n' % code.encode()
+
+    async def stops(peer: Peer, received: Received) -> None:
+        await peer.send(SSE + chunk(piece_of("Hi")) + chunk(refusal) + END)
+
+    async with provider(stops) as a, stack(config(a)) as proxy:
+        async with httpx2.AsyncClient(base_url=proxy.url, timeout=PATIENCE) as client:
+            for _ in range(6):
+                answer = await client.post(CHAT, json={**BODY, "stream": True})
+                assert answer.content.endswith(refusal)
+        row = await Seen(proxy.url).circuit()
+        assert (row["state"], row["last_10_seconds"]["failed"]) == ("closed", 0)
 
 
 async def test_a_deadline_of_the_clients_own_opens_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -136,6 +137,23 @@ async def test_a_longer_wait_than_allowed_is_passed_on() -> None:
     assert raised.value.headers == [(b"retry-after", b"3600"), (b"x-should-retry", b"false")]
 
 
+async def test_so_is_that_of_a_provider_that_is_down() -> None:
+    stage = Stage()
+    stage.add("a", whole(b"{}", 503, (b"retry-after", b"60")))
+    with pytest.raises(UpstreamUnavailable) as raised:
+        await stage.run()
+    assert stage.asked == {"a": 1}
+    assert raised.value.headers == [(b"retry-after", b"60"), (b"x-should-retry", b"false")]
+    stage.add("b", whole(b"{}", 504, (b"retry-after", b"40")))
+    with pytest.raises(UpstreamUnavailable) as raised:
+        await stage.run()
+    assert raised.value.headers == [(b"retry-after", b"40"), (b"x-should-retry", b"false")]
+    stage.add("c", whole(b"{}", 401))  # nobody knows when
+    with pytest.raises(UpstreamUnavailable) as raised:
+        await stage.run()
+    assert raised.value.headers == [(b"x-should-retry", b"false")]
+
+
 async def test_while_its_only_credential_rests_a_target_is_not_asked() -> None:
     stage = Stage()
     stage.add("a", limited(b"3600"), GOOD)
@@ -230,18 +248,28 @@ async def test_one_deadline_holds_over_everything() -> None:
         await stage.run()
     assert stage.asked == {"a": 1, "b": 0}
     assert entries(raised.value)[0][2] == "upstream_timeout"
-    assert stage.circuits.told == [("a", "ignored")]  # our client's hurry is no evidence
+    assert stage.circuits.told == [("a", "failed: upstream_timeout")]  # it had all the time that a request has
+
+
+async def test_an_attempt_that_had_only_the_rest_of_the_time_is_no_evidence() -> None:
+    stage = Stage(deadline=1.0)
+    stage.add("a", HANGS, timeouts=Timeouts(0.8, 0.8, 0.8))
+    stage.add("b", HANGS)
+    with pytest.raises(UpstreamTimeout):
+        await stage.run()
+    assert stage.circuits.told == [("a", "failed: upstream_timeout"), ("b", "ignored")]
 
 
 @pytest.mark.parametrize("wanted", [b"80", b"0080"])
-async def test_the_client_may_lower_it(wanted: bytes) -> None:
-    stage = Stage()
+async def test_the_client_may_lower_it_and_its_hurry_is_no_evidence(wanted: bytes) -> None:
+    stage = Stage(deadline=0.1)
     stage.add("a", HANGS)
     asking = chat()
     asking.call.timeout_ms = wanted
     async with asyncio.timeout(5):
         with pytest.raises(UpstreamTimeout):
             await stage.run(ask=asking)
+    assert stage.circuits.told == [("a", "ignored")]
 
 
 async def test_the_client_cannot_raise_it() -> None:
@@ -272,6 +300,30 @@ async def test_after_the_deadline_nothing_is_sent() -> None:
         await stage.run()
     assert stage.asked == {"a": 0}
     assert raised.value.details["attempts"] == []
+
+
+async def after(seconds: float, work: Any, *words: Any, **more: Any) -> Any:
+    await asyncio.sleep(seconds)
+    return await work(*words, **more)
+
+
+@pytest.mark.parametrize(
+    "error", [DOWN, limited(), whole(b"{}", 401), Answer(0, [], end=End.RESET)], ids=["500", "429", "401", "reset"]
+)
+async def test_whatever_came_before_a_deadline_that_has_passed_is_a_timeout(error: Answer) -> None:
+    """The time is over when the second one would be sent, and nothing is."""
+    stage = Stage(deadline=0.4)
+    stage.add("a", error)
+    stage.add("b", GOOD)
+    for name, seconds in (("a", 0.35), ("b", 0.1)):
+        provider = stage.providers[name]
+        provider.open = partial(after, seconds, provider.open)
+    with pytest.raises(UpstreamTimeout) as raised:
+        await stage.run()
+    assert (raised.value.status, stage.asked) == (504, {"a": 1, "b": 0})
+    assert entries(raised.value)[1:] == [("b", None, "timeout")]
+    assert stage.circuits.told[-1] == ("b", "ignored")
+    assert stage.record.usage is None  # what was not sent costs nothing
 
 
 async def test_what_may_not_be_sent_twice_is_not() -> None:
@@ -465,6 +517,16 @@ async def test_a_timed_out_attempt_stays_charged_beside_the_one_that_answered() 
     assert usage.estimated
     assert usage.input > 3
     assert usage.output > 2
+
+
+async def test_a_provider_that_says_it_was_late_has_answered_and_bills_nothing() -> None:
+    stage = Stage()
+    stage.add("a", whole(b"{}", 504))
+    stage.add("b", GOOD)
+    await stage.run()
+    usage = stage.record.usage
+    assert usage is not None
+    assert (usage.input, usage.output, usage.estimated) == (3, 2, False)
 
 
 async def test_a_full_account_is_passed_over_and_where_all_are_full_the_answer_says_so() -> None:

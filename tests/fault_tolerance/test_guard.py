@@ -174,9 +174,12 @@ async def test_one_that_lives_alone_is_the_fleet(store: BreakerStore, time: Time
     time.ms += 1000
     await one.circuits.sync()
     assert one.row["scope"] == "fleet"
+    assert one.moves() == ["circuit.opened"], "what the process has told the fleet need not tell it"
     late = Process(store, time, 1)
     await late.circuits.sync()
     assert late.state == "open", "one that starts into an outage does not need failures of its own"
+    await one.circuits.command(*PLACE, "open")
+    assert one.moves() == ["circuit.opened"] * 2, "an operator's word is another"
 
 
 async def test_votes_of_the_dead_do_not_count(fleet: list[Process], time: Time) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from proxy.errors import ProxyError, StreamInterrupted, UpstreamBroken, UpstreamTimeout
 from proxy.providers.openai import Timeouts
+from proxy.providers.opening import chunk_promises
 from proxy.providers.streams import (
     Interrupted,
     StreamReply,
@@ -382,3 +383,18 @@ def test_a_role_and_then_nothing_is_a_stall_like_any_other() -> None:
                 await provider.open(chat(stream=True), "m")
 
     asyncio.run(opened())
+
+
+def test_before_the_content_silence_is_counted_from_what_came_last() -> None:
+    role = event(b'{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}')
+
+    async def main() -> None:
+        now = asyncio.get_running_loop().time()
+        body = Body([role, role, b": wait\n\n", event(HI), DONE])
+        later = iter([now, now + 5, now + 10, now + 11])
+        reply = stream(promises=chunk_promises)
+        reply._response, reply._now = body, lambda: next(later)
+        await reply.first(now + 15)
+        assert body.deadlines == [now + 15, now + 7, now + 12, now + 15]
+
+    asyncio.run(main())

@@ -5,13 +5,9 @@ local name, process, generation = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local early, lease_ms = ARGV[5] == '1', tonumber(ARGV[6])
 local record = load(name) or fresh(generation)
 local expired, caught_up = expire(record), catch_up(record, generation)
-if record.o == process then
-  record.e = now + lease_ms
-  keep(name, record)
-  return cjson.encode({now = now, number = record.n})
-end
-local waits = early and now < record.l + EARLY or not early and record.s == 'open' and now < record.u
-if record.o ~= '' or record.h or generation ~= record.g or waits then
+local mine = record.o == process
+local waits = early and not mine and now < record.l + EARLY or not early and record.s == 'open' and now < record.u
+if record.o ~= '' and not mine or record.h or generation ~= record.g or waits then
   if expired or caught_up then keep(name, record) end
   return answer(record)
 end
