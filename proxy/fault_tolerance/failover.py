@@ -24,9 +24,9 @@ from proxy.fault_tolerance.backoff import RetryBudget
 from proxy.fault_tolerance.permits import Charge, Guard, Permit
 from proxy.fault_tolerance.retry import OPEN, Bounds, Course, RetryPolicy, Step
 from proxy.fault_tolerance.sharing import Sharing
+from proxy.fault_tolerance.trail import Trail, again_or_elsewhere
 from proxy.fault_tolerance.verdict import CREDENTIAL, RATE, REFUSALS, TargetRefused, entry, listed, reason_of, verdict
 from proxy.observability.events import Notice
-from proxy.observability.upstream_events import UpstreamFailedOver, UpstreamRetried
 from proxy.providers.base import Provider
 from proxy.types import Ask, Call, Record, Reply, Target, TooLong
 
@@ -95,19 +95,6 @@ class Failover:
         return Opening(self, ask, targets, charge, record, bounds, view or Whole(ask))
 
 
-class _Trail:
-    """What has gone wrong so far. Of most requests there is none."""
-
-    __slots__ = ("course", "listed", "refused", "source")
-
-    def __init__(self, course: Course) -> None:
-        self.course = course
-        self.listed: list[dict[str, Any]] = []
-        self.refused: list[TargetRefused] = []
-        self.source: tuple[Target, str] | None = None
-        """Where the request comes from when it goes on elsewhere, and why."""
-
-
 class Opening:
     """See `Failover.open`. One task uses it, once."""
 
@@ -135,7 +122,7 @@ class Opening:
         """The position of the target at hand."""
         self._permit: Permit | None = None
         self._reply: Reply | None = None
-        self._trail: _Trail | None = None
+        self._trail: Trail | None = None
 
     @property
     def target(self) -> Target:
@@ -324,10 +311,10 @@ class Opening:
 
     # -- between attempts --------------------------------------------------------------------------------------------
 
-    def _failures(self) -> _Trail:
+    def _failures(self) -> Trail:
         if self._trail is None:
             failover, ask = self._failover, self._ask
-            self._trail = _Trail(
+            self._trail = Trail(
                 Course(failover.policy, self._targets, self._bounds, failover.random, replayable=ask.replayable)
             )
         return self._trail
@@ -387,29 +374,7 @@ class Opening:
         if again.error is None and not step.draws:
             self._failover.budgets[target.provider].deposit()
         record.elsewhere += self._failover.clock() - record.upstream_started if record.attempts else step.wait
-        about: dict[str, Any] = {
-            "request_id": call.request_id,
-            "trace_id": call.traceparent[3:35],
-            "tenant": record.tenant,
-            "model": record.model,
-            "attempt": record.attempts + 1,
-        }
-        if again.error is not None:
-            place = f"{target.provider}/{target.model}"
-            self._failover.emit(
-                UpstreamRetried(
-                    **about, provider=target.provider, target=place, reason=again.error.reason, wait=step.wait
-                )
-            )
-        elif source is not target:
-            self._failover.emit(
-                UpstreamFailedOver(
-                    **about,
-                    from_provider=source.provider,
-                    to_provider=target.provider,
-                    source=f"{source.provider}/{source.model}",
-                    target=f"{target.provider}/{target.model}",
-                    reason=reason,
-                )
-            )
+        notice = again_or_elsewhere(source, target, reason, again.error, step.wait, call, record)
+        if notice is not None:
+            self._failover.emit(notice)
         trail.source = None
