@@ -39,6 +39,10 @@ from proxy.types import Ask, Record, Target, Tenant, TooLong
 
 _INLINE_BYTES: Final = 1_048_576
 """Of a conversation that is taken apart on the loop: some milliseconds."""
+_Learned = dict[tuple[str, ...], tuple[int, float]]
+"""Tokens, and until when they are believed."""
+_CREDIBLE: Final = 1.5
+"""A limit below so small a part of what was sent tells of an odd prompt, not of the next one."""
 _LEARNED: Final = 1024
 _LEARNED_SECONDS: Final = 3600.0
 
@@ -85,8 +89,11 @@ class Context:
         self._tokens_per_minute = tokens_per_minute
         self._clock = clock
         self._executor = executor
-        self._learned: dict[tuple[str, str], tuple[int, float]] = {}
-        """Windows that providers have named when they refused: by provider and model, with the time of their end."""
+        self._named: _Learned = {}
+        """Windows that providers have named when they refused, by provider and model."""
+        self._felt: _Learned = {}
+        """Limits of prompts where a provider has refused without a figure, by tenant, provider and model: what made it
+        refuse is one tenant's own, and so is what follows from it."""
 
     def view(self, ask: Ask, targets: Sequence[Target], tenant: Tenant, output: int | None, record: Record) -> View:
         """`output`: the request's own maximum for one choice."""
@@ -98,25 +105,40 @@ class Context:
     def window(self, target: Target) -> int | None:
         """Tokens of input and output together."""
         known = self._window(target)
-        if not self._learned:
-            return known
-        place = (target.provider, target.model)
-        found = self._learned.get(place)
-        if found is None:
-            return known
-        if found[1] <= self._clock():
-            del self._learned[place]
-            return known
-        return found[0] if known is None else min(found[0], known)
+        named = self._of(self._named, (target.provider, target.model)) if self._named else None
+        return known if named is None else named if known is None else min(named, known)
+
+    def felt(self, tenant: Tenant, target: Target) -> int | None:
+        """Tokens of a prompt that a provider may not refuse, as far as it has let on."""
+        return self._of(self._felt, (tenant.name, target.provider, target.model)) if self._felt else None
 
     def tokens_per_minute(self, tenant: Tenant) -> int | None:
         return self._tokens_per_minute(tenant.name, tenant.key)
 
-    def learn(self, target: Target, window: int) -> None:
-        """A provider has named its window. It is believed for an hour: behind some names stand several servers."""
-        if len(self._learned) >= _LEARNED:
-            del self._learned[next(iter(self._learned))]
-        self._learned[target.provider, target.model] = (window, self._clock() + _LEARNED_SECONDS)
+    def learn(self, tenant: Tenant, target: Target, refusal: TooLong, *, sent: int, limit: int) -> None:
+        """A provider has refused `sent` tokens. If it names a window that is news, that is believed; else that it wants
+        at most `limit` (0: that says nothing of other prompts). For an hour: behind some names stand several servers.
+        """
+        window, known = refusal.window, self.window(target)
+        if window is not None and (known is None or window < known):
+            self._keep(self._named, (target.provider, target.model), window)
+        elif limit * _CREDIBLE >= sent:
+            self._keep(self._felt, (tenant.name, target.provider, target.model), limit)
+
+    def _keep(self, where: _Learned, place: tuple[str, ...], tokens: int) -> None:
+        where.pop(place, None)
+        if len(where) >= _LEARNED:
+            del where[next(iter(where))]
+        where[place] = (tokens, self._clock() + _LEARNED_SECONDS)
+
+    def _of(self, where: _Learned, place: tuple[str, ...]) -> int | None:
+        found = where.get(place)
+        if found is None:
+            return None
+        if found[1] <= self._clock():
+            del where[place]
+            return None
+        return found[0]
 
     async def run(self, size: int, work: Callable[[], _T]) -> _T:
         """`work` on a conversation of so many bytes. If the caller leaves, a thread may end it in vain."""
@@ -171,7 +193,9 @@ class RequestView:
         window = context.window(target)
         if window is not None and answers.cut_by_provider(self._ask):
             window = None
-        return limit_of(settings.max_tokens, window, context.tokens_per_minute(self._tenant), self._output)
+        limit = limit_of(settings.max_tokens, window, context.tokens_per_minute(self._tenant), self._output)
+        felt = context.felt(self._tenant, target)
+        return limit if felt is None else felt if limit is None else min(felt, limit)
 
     # -- the port ----------------------------------------------------------------------------------------------------
 
@@ -191,15 +215,14 @@ class RequestView:
         if self._settings.mode != "enforce" or (self._refitted is not None and target in self._refitted):
             return None
         self._refitted = {*(self._refitted or ()), target}
-        known = self._context.window(target)
-        if refusal.window is not None and (known is None or refusal.window < known):
-            self._context.learn(target, refusal.window)
         if answers.kept_elsewhere(self._ask) or (refusal.output or 0) >= (refusal.window or math.inf):
             return None  # No shorter prompt helps where the reply alone may fill the window.
         before = self._fits.get(target)
         measured = await self._measure(target)
         sent = before.cut.after if before is not None and before.cut is not None else _total(measured)
-        fit = await self._make(target, corrected(sent, refusal, self._output))
+        limit = corrected(sent, refusal, self._output)
+        self._context.learn(self._tenant, target, refusal, sent=sent, limit=0 if measured.media.tokens else limit)
+        fit = await self._make(target, limit)
         if fit.cut is None or fit.refused is not None or fit.cut.after >= sent:
             return None
         self._fits[target] = fit
