@@ -25,6 +25,7 @@ from proxy.errors import (
     ProviderFull,
     ProxyError,
     RequestExceedsBudget,
+    StreamInterrupted,
     UpstreamError,
 )
 from proxy.fault_tolerance.backoff import RetryBudget
@@ -173,7 +174,9 @@ class Opening:
         assert permit is not None
         try:
             if error is None:
-                if reply.status < 400:
+                if reply.failed:
+                    permit.failed(StreamInterrupted("The provider's reply ended with an error of its own."))
+                elif reply.status < 400:
                     permit.succeeded()
                 else:
                     permit.ignored()

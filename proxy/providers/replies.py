@@ -77,6 +77,7 @@ def _inflate(body: bytes, coding: bytes, limit: int) -> bytes:
 class PlainReply:
     """One whole body: exactly one event. The connection is free already."""
 
+    failed = False
     __slots__ = (
         "_event",
         "body",
@@ -131,6 +132,7 @@ class RawReply:
     """Bytes passed through as they come, of any type and size. Only its framing tells a whole body from a cut one."""
 
     stream = False
+    failed = False
 
     def __init__(
         self,
