@@ -183,6 +183,8 @@ class Reply(Protocol):
     length: int | None
     """Bytes of the body, where that is known before the first of them is written."""
     upstream_request_id: str
+    failed: bool
+    """It has ended as its dialect wants it, but with an event that tells of a fault of the provider's."""
 
     @property
     def too_long(self) -> TooLong | None:

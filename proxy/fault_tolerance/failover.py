@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from proxy.context.base import View, Whole
-from proxy.errors import InternalError, InvalidRequest, ProxyError, UpstreamError
+from proxy.errors import InternalError, InvalidRequest, ProxyError, StreamInterrupted, UpstreamError
 from proxy.fault_tolerance.backoff import RetryBudget
 from proxy.fault_tolerance.permits import Charge, Guard, Permit
 from proxy.fault_tolerance.retry import OPEN, Bounds, Course, RetryPolicy, Step
@@ -163,7 +163,9 @@ class Opening:
         assert permit is not None
         try:
             if error is None:
-                if reply.status < 400:
+                if reply.failed:
+                    permit.failed(StreamInterrupted("The provider's reply ended with an error of its own."))
+                elif reply.status < 400:
                     permit.succeeded()
                 else:
                     permit.ignored()

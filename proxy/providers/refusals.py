@@ -132,6 +132,11 @@ def error_object(event: bytes | None) -> dict[str, object] | None:
     return {"message": found.get("message"), "type": "", "param": found.get("param"), "code": found.get("code")}
 
 
+def is_fault(event: bytes) -> bool:
+    """Of an error event: it tells of a fault of the provider's, and not of the request, a limit or the account."""
+    return meaning_of(error_object(event)) == "fault"
+
+
 def fault_in(message: str, error: object) -> UpstreamError:
     """Of an error that came in place of a reply, with a status that says nothing of it."""
     meaning = meaning_of(error)
@@ -149,7 +154,7 @@ def interrupted(message: str, event: bytes | None) -> StreamInterrupted:
     """Of a stream that ends with an error; `event` as in StreamInterrupted. Only a fault of the provider's counts
     against it: what a client writes, or an account lacks, must shut it for nobody."""
     error = StreamInterrupted(message, event=event)
-    if event is not None and meaning_of(error_object(event)) != "fault":
+    if event is not None and not is_fault(event):
         error.but(reason="refused", trips_breaker=False)
     return error
 

@@ -77,6 +77,7 @@ def _inflate(body: bytes, coding: bytes, limit: int) -> bytes:
 class PlainReply:
     """One whole body: exactly one event. The connection is free already."""
 
+    failed = False
     __slots__ = (
         "_event",
         "body",
@@ -136,6 +137,7 @@ class RawReply:
 
     stream = False
     too_long = None
+    failed = False
 
     def __init__(
         self,

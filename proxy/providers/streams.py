@@ -20,7 +20,7 @@ import msgspec
 
 from proxy.errors import StreamInterrupted, UpstreamBroken, UpstreamError, UpstreamTimeout
 from proxy.providers.opening import MAX_HELD_BYTES, Promises, all_bring
-from proxy.providers.refusals import interrupted
+from proxy.providers.refusals import interrupted, is_fault
 from proxy.providers.reshape import lenient, without_null_usage
 from proxy.tokens.usage import usage_of
 from proxy.transport.base import Response
@@ -190,6 +190,7 @@ class StreamReply:
         "_scrub",
         "_splitter",
         "_terminated",
+        "failed",
         "headers",
         "status",
         "upstream_request_id",
@@ -230,6 +231,7 @@ class StreamReply:
         self._begun = False
         """An event with content has come."""
         self._ended = False
+        self.failed = False
         self._failed: StreamInterrupted | None = None
 
     async def first(self, deadline: float, start: bytes = b"") -> None:
@@ -337,6 +339,7 @@ class StreamReply:
                 usage = verdict.usage or usage
                 if verdict.last:
                     self._ended = True
+                    self.failed = verdict.failed and is_fault(raw)
                     terminator = len(raw)
                     break
         except Interrupted as stop:

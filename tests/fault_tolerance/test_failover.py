@@ -480,6 +480,20 @@ async def test_a_response_that_failed_before_it_said_anything_fails_over() -> No
     assert stage.asked == {"a": 1, "b": 1}
 
 
+@pytest.mark.parametrize(
+    ("code", "told"), [("server_error", "failed: interrupted"), ("rate_limit_exceeded", "succeeded")]
+)
+async def test_a_response_that_fails_after_its_content_is_passed_and_the_circuit_hears_of_it(
+    code: str, told: str
+) -> None:
+    failed = b'{"type":"response.failed","response":{"error":{"code":"%b","message":"x"}}}' % code.encode()
+    stage = Stage()
+    stage.add("a", events(b'{"type":"response.output_text.delta","delta":"Hi"}', failed, done=False))
+    asking = ask({"model": "m", "input": "x", "stream": True, "store": False}, "/v1/responses")
+    assert (await stage.run(ask=asking)).endswith(b"data: %b\n\n" % failed)
+    assert stage.circuits.told == [("a", "answered"), ("a", told)]
+
+
 async def test_after_the_first_content_nothing_is_tried_again() -> None:
     stage = Stage()
     cut = Answer(200, [(b"content-type", b"text/event-stream")], [(0.0, b"data: %b\n\n" % CHUNK)], end=End.CLOSE)
