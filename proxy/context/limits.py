@@ -1,9 +1,9 @@
 """How many tokens of a prompt one target gets. Pure.
 
-    limit = min(context.max_tokens, window - output - margin, tokens_per_minute - output)
+    limit = min(context.max_tokens, window - output - margin, tokens_per_minute - output * choices)
 
-`output` is the request's own maximum. One that leaves no room at all is wrong by itself, and the provider says so: it
-is left out. What nobody knows is no limit.
+`output` is the request's own maximum, for each of its choices. One that leaves no room at all is wrong by itself, and
+the provider says so: it is left out. What nobody knows is no limit.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ _BLIND_PERCENT: Final = 90
 """Of what was refused, where it gives no figures."""
 
 
-def limit_of(max_tokens: int | None, window: int | None, tokens_per_minute: int | None, output: int) -> int | None:
+def limit_of(
+    max_tokens: int | None, window: int | None, tokens_per_minute: int | None, output: int, choices: int = 1
+) -> int | None:
     """Tokens of the prompt; None: no limit. `tokens_per_minute`: the smallest that is enforced on the caller."""
     found = [] if max_tokens is None else [max_tokens]
     if window is not None:
         found.append(_less(window - margin(window), output))
     if tokens_per_minute is not None:
-        found.append(_less(tokens_per_minute, output))
+        found.append(_less(tokens_per_minute, output * choices))
     return min(found, default=None)
 
 

@@ -38,7 +38,8 @@ from proxy.tokens.recall import Measured
 from proxy.types import Ask, Record, Target, Tenant, TooLong
 
 _INLINE_BYTES: Final = 1_048_576
-"""Of a conversation that is taken apart on the loop: some milliseconds."""
+_INLINE_MESSAGES: Final = 2048
+"""Up to both of these a conversation is taken apart, and put together again, on the loop: some milliseconds."""
 _LEARNED: Final = 1024
 _LEARNED_SECONDS: Final = 3600.0
 
@@ -85,22 +86,34 @@ class Context:
         self._tokens_per_minute = tokens_per_minute
         self._clock = clock
         self._executor = executor
-        self._learned: dict[tuple[str, str], tuple[int, float]] = {}
-        """Windows that providers have named when they refused: by provider and model, with the time of their end."""
+        self._learned: dict[tuple[str, str, str], tuple[int, float]] = {}
+        """Windows that providers have named when they refused: by tenant, provider and model, with the time of their
+        end. By tenant, because a refusal may quote what the client wrote: nobody is to shrink the windows of others."""
 
-    def view(self, ask: Ask, targets: Sequence[Target], tenant: Tenant, output: int | None, record: Record) -> View:
-        """`output`: the request's own maximum for one choice."""
+    def view(
+        self,
+        ask: Ask,
+        targets: Sequence[Target],
+        tenant: Tenant,
+        output: int | None,
+        record: Record,
+        *,
+        choices: int = 1,
+        deadline: float = math.inf,
+    ) -> View:
+        """`output`: the request's own maximum for one of its `choices`; `deadline`: of the request, on the loop's
+        clock."""
         settings = self._tenants.get(tenant.name, self._settings)
-        if settings.mode == "off" or ask.dialect not in answers.MEMBERS:
+        if settings.mode == "off" or ask.dialect not in answers.MEMBERS or answers.compacts(ask):
             return Whole(ask)
-        return RequestView(self, ask, targets, tenant, settings, output or 0, record)
+        return RequestView(self, ask, targets, tenant, settings, output or 0, record, choices, deadline)
 
-    def window(self, target: Target) -> int | None:
+    def window(self, target: Target, tenant: Tenant) -> int | None:
         """Tokens of input and output together."""
         known = self._window(target)
         if not self._learned:
             return known
-        place = (target.provider, target.model)
+        place = (tenant.name, target.provider, target.model)
         found = self._learned.get(place)
         if found is None:
             return known
@@ -112,15 +125,15 @@ class Context:
     def tokens_per_minute(self, tenant: Tenant) -> int | None:
         return self._tokens_per_minute(tenant.name, tenant.key)
 
-    def learn(self, target: Target, window: int) -> None:
+    def learn(self, target: Target, tenant: Tenant, window: int) -> None:
         """A provider has named its window. It is believed for an hour: behind some names stand several servers."""
         if len(self._learned) >= _LEARNED:
             del self._learned[next(iter(self._learned))]
-        self._learned[target.provider, target.model] = (window, self._clock() + _LEARNED_SECONDS)
+        self._learned[tenant.name, target.provider, target.model] = (window, self._clock() + _LEARNED_SECONDS)
 
-    async def run(self, size: int, work: Callable[[], _T]) -> _T:
-        """`work` on a conversation of so many bytes. If the caller leaves, a thread may end it in vain."""
-        if size <= _INLINE_BYTES:
+    async def run(self, ask: Ask, measured: Measured, work: Callable[[], _T]) -> _T:
+        """`work` on a conversation. If the caller leaves, a thread may end it in vain."""
+        if len(ask.call.body) <= _INLINE_BYTES and len(measured.raws) <= _INLINE_MESSAGES:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
@@ -128,8 +141,8 @@ class Context:
 class RequestView:
     """See `View`. One task uses it."""
 
-    __slots__ = ("_ask", "_context", "_fits", "_limits", "_output", "_record", "_refitted", "_settings", "_tenant",
-                 "complete", "needed")  # fmt: skip
+    __slots__ = ("_ask", "_choices", "_context", "_deadline", "_fits", "_output", "_record", "_refitted", "_said",
+                 "_settings", "_tenant", "complete", "needed")  # fmt: skip
 
     def __init__(
         self,
@@ -140,6 +153,8 @@ class RequestView:
         settings: ContextSettings,
         output: int,
         record: Record,
+        choices: int,
+        deadline: float,
     ) -> None:
         self.complete: Complete | None = None
         """Asks a model on behalf of this request; None: nobody does."""
@@ -149,6 +164,10 @@ class RequestView:
         self._settings = settings
         self._output = output
         self._record = record
+        self._choices = choices
+        self._deadline = deadline
+        self._said: _Fit | None = None
+        """The last one that there was an event of."""
         self._refitted: set[Target] | None = None
         self._fits: dict[Target, _Fit] = {}
         self.needed = False
@@ -168,10 +187,12 @@ class RequestView:
 
     def _limit(self, target: Target) -> int | None:
         context, settings = self._context, self._settings
-        window = context.window(target)
+        window = context.window(target, self._tenant)
         if window is not None and answers.cut_by_provider(self._ask):
             window = None
-        return limit_of(settings.max_tokens, window, context.tokens_per_minute(self._tenant), self._output)
+        return limit_of(
+            settings.max_tokens, window, context.tokens_per_minute(self._tenant), self._output, self._choices
+        )
 
     # -- the port ----------------------------------------------------------------------------------------------------
 
@@ -191,9 +212,9 @@ class RequestView:
         if self._settings.mode != "enforce" or (self._refitted is not None and target in self._refitted):
             return None
         self._refitted = {*(self._refitted or ()), target}
-        known = self._context.window(target)
+        known = self._context.window(target, self._tenant)
         if refusal.window is not None and (known is None or refusal.window < known):
-            self._context.learn(target, refusal.window)
+            self._context.learn(target, self._tenant, refusal.window)
         if answers.kept_elsewhere(self._ask) or (refusal.output or 0) >= (refusal.window or math.inf):
             return None  # No shorter prompt helps where the reply alone may fill the window.
         before = self._fits.get(target)
@@ -228,7 +249,7 @@ class RequestView:
         if total <= limit:
             return _Fit(whole, limit, measured)
         try:
-            atoms, cut = await self._context.run(len(ask.call.body), lambda: self._cut(measured, limit))
+            atoms, cut = await self._context.run(ask, measured, lambda: self._cut(measured, limit))
         except Untrimmable as error:
             refused = self._refusal(answers.cannot_shorten(ask, limit, total, error))
             return _Fit(whole, limit, measured, refused=refused, untouched=error.reason)
@@ -241,7 +262,7 @@ class RequestView:
         sent = whole
         if acts:
             note = marker(cut, measured.each, atoms) if cut.stages else None
-            sent = self._sent(measured, atoms, cut, note)
+            sent = await self._context.run(ask, measured, lambda: self._sent(measured, atoms, cut, note))
         return _Fit(sent, limit, measured, atoms, cut)
 
     def _cut(self, measured: Measured, limit: int) -> tuple[Sequence[Atom], Cut]:
@@ -266,7 +287,8 @@ class RequestView:
         array = rewritten(dialect, measured.raws, atoms, cut, note, measured.each)
         fields = {**ask.fields, answers.ARRAYS[dialect]: msgspec.Raw(array)}
         edited = replace(ask, fields=fields, edited=True)
-        return Sent(edited, cut.after, max(most_with(dialect, fields, measured.media), cut.after))
+        tokens = cut.after + measured.media.guessed
+        return Sent(edited, tokens, max(most_with(dialect, fields, measured.media), tokens))
 
     # -- what is said of it ------------------------------------------------------------------------------------------
 
@@ -276,20 +298,26 @@ class RequestView:
         sent, failed = fit.sent, ""
         strategy: str = settings.trim_strategy
         acts = settings.mode == "enforce"
-        if cut is not None and cut.stages and acts and strategy == "summary":
-            strategy, failed, sent = await self._summarised(fit, cut)
         record.counted = sent.tokens
+        if cut is not None and cut.stages and acts and strategy == "summary":
+            record.counted = 0  # Of a summary only the most is known; and its own call is in the usage, too.
+            strategy, failed, sent = await self._summarised(fit, cut)
         record.context_tokens = record.context_trimmed = ""
         if fit.limit is not None:
-            method = "bound" if fit.measured is None else "counted"
-            record.context_tokens = answers.tokens_header(sent.tokens or sent.most, fit.limit, method)
+            if fit.measured is None:
+                tokens, method = sent.most, "bound"
+            else:
+                tokens, method = cut.after if cut is not None and acts else _total(fit.measured), "counted"
+            record.context_tokens = answers.tokens_header(tokens, fit.limit, method)
         if cut is None:
             if fit.measured is not None:
                 record.context_trimmed = answers.untrimmed_header(fit.untouched)
             return sent.ask
         dropped, place = answers.removed(cut, fit.atoms)
         record.context_trimmed = answers.trimmed_header(strategy, cut, dropped, place, failed=failed, acts=acts)
-        call = self._ask.call
+        call, said, self._said = self._ask.call, self._said, fit
+        if said is fit:  # sent once more as it was
+            return sent.ask
         self._context.emit(
             ContextTrimmed(
                 request_id=call.request_id, trace_id=call.traceparent[3:35], tenant=record.tenant, model=record.model,
@@ -305,12 +333,17 @@ class RequestView:
         summaries, measured, complete = self._context.summaries.get(model), fit.measured, self.complete
         if summaries is None or complete is None or measured is None:
             return "oldest", "unavailable", fit.sent
-        raws, each, atoms = measured.raws, measured.each, fit.atoms
+        ask, raws, each, atoms = self._ask, measured.raws, measured.each, fit.atoms
+        # Half of the time that is left, for the answer needs some, too.
+        seconds = (self._deadline - asyncio.get_running_loop().time()) / 2
         try:
-            found = await summaries.summary(self._tenant.name, self._ask.dialect, raws, atoms, each, cut, complete)
+            found = await summaries.summary(
+                self._tenant.name, ask.dialect, raws, atoms, each, cut, complete, seconds=seconds
+            )
         except SummaryFailed as error:
             return "oldest", error.reason, fit.sent
-        return "summary", "", self._sent(measured, atoms, cut, note(found.text, model, atoms, each, cut))
+        text = note(found.text, model, atoms, each, cut)
+        return "summary", "", await self._context.run(ask, measured, lambda: self._sent(measured, atoms, cut, text))
 
 
 def _total(measured: Measured) -> int:
