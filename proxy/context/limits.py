@@ -16,6 +16,7 @@ MARGIN_PERCENT: Final = 1
 """Of the window: counts are ours, and the provider's differ a little."""
 _AGAIN_PERCENT: Final = 98
 """Of what a provider has room for by its own figures."""
+_STEPS: Final = 20
 _BLIND_PERCENT: Final = 90
 """Of what was refused, where it gives no figures."""
 
@@ -38,6 +39,19 @@ def margin(window: int) -> int:
 
 def _less(room: int, output: int) -> int:
     return max(room - output if output < room else room, 1)
+
+
+def believed(window: int, sent: int, refusal: TooLong, output: int) -> int:
+    """The window to go by after a refusal that names it, in our own count, of which `sent` tokens were refused.
+
+    Where the provider counts more than we do, it will do so again: less of the window is ours then. In steps of a
+    twentieth, because each change moves the cuts of every conversation; and never less than half, which would be
+    another kind of difference.
+    """
+    theirs = 0 if refusal.asked is None else refusal.asked - (output if refusal.output is None else refusal.output)
+    if theirs * 100 <= sent * (100 + MARGIN_PERCENT):
+        return window
+    return window * max(_STEPS * sent // theirs, _STEPS // 2) // _STEPS
 
 
 def corrected(sent: int, refusal: TooLong, output: int) -> int:

@@ -23,7 +23,7 @@ from proxy.context import answers
 from proxy.context.atoms import Atom, Untrimmable, atoms_of
 from proxy.context.base import Complete, Sent, View, Whole
 from proxy.context.digest import NOTE_TOKENS, SummaryFailed, note
-from proxy.context.limits import corrected, limit_of
+from proxy.context.limits import believed, corrected, limit_of
 from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, rewritten
 from proxy.context.settings import ContextSettings
 from proxy.context.summary import Summaries
@@ -212,19 +212,32 @@ class RequestView:
         if self._settings.mode != "enforce" or (self._refitted is not None and target in self._refitted):
             return None
         self._refitted = {*(self._refitted or ()), target}
-        known = self._context.window(target, self._tenant)
-        if refusal.window is not None and (known is None or refusal.window < known):
-            self._context.learn(target, self._tenant, refusal.window)
-        if answers.kept_elsewhere(self._ask) or (refusal.output or 0) >= (refusal.window or math.inf):
-            return None  # No shorter prompt helps where the reply alone may fill the window.
-        before = self._fits.get(target)
+        if answers.kept_elsewhere(self._ask):
+            self._learn(target, refusal, 0)
+            return None
         measured = await self._measure(target)
+        before = self._fits.get(target)
         sent = before.cut.after if before is not None and before.cut is not None else _total(measured)
-        fit = await self._make(target, corrected(sent, refusal, self._output))
+        self._learn(target, refusal, 0 if measured.media.tokens else sent)
+        if (refusal.output or 0) >= (refusal.window or math.inf):
+            return None  # No shorter prompt helps where the reply alone may fill the window.
+        limit, least = self._limit(target), corrected(sent, refusal, self._output)
+        fit = await self._make(target, least if limit is None else min(limit, least))
         if fit.cut is None or fit.refused is not None or fit.cut.after >= sent:
             return None
         self._fits[target] = fit
         return await self._told(target, fit)
+
+    def _learn(self, target: Target, refusal: TooLong, sent: int) -> None:
+        """`sent`: tokens that were refused; 0: they tell nothing of how the provider counts texts."""
+        context, tenant, window = self._context, self._tenant, refusal.window
+        if window is None:
+            return
+        known = context.window(target, tenant)
+        if sent:
+            window = believed(window, sent, refusal, self._output)
+        if known is None or window < known:
+            context.learn(target, tenant, window)
 
     # -- one target --------------------------------------------------------------------------------------------------
 

@@ -161,3 +161,28 @@ async def asleep(peer: Peer) -> None:
     """Takes a request, and says nothing until the other side has gone."""
     await peer.request()
     await peer.reader.read()
+
+
+async def test_a_provider_that_counts_more_refuses_once_and_not_at_each_turn() -> None:
+    """Else every turn of a long session would be sent twice, and be cut now at one place and now at another."""
+    refused = 0
+
+    def play(received: Received) -> bytes:
+        nonlocal refused
+        tokens = len(received.body) // 4  # about 1.4 times our count
+        if tokens <= 4000:
+            return plain(ANSWER)
+        refused += 1
+        message = f"prompt is too long: {tokens} tokens > 4000 maximum"
+        return plain(json.dumps({"error": {"message": message, "type": "invalid_request_error"}}).encode(), 400)
+
+    async with upstream() as one, gateway(a=one.settings(4000)) as (_, client):
+        one.play = play
+        cuts = []
+        for count in range(30, 110):
+            answer = await ask(client, body(count))
+            assert answer.status_code == 200
+            cuts.append(answer.headers.get("x-breakwater-context-trimmed", "").rpartition("cut=")[2])
+        assert refused == 1
+        assert len(set(cuts)) < 12
+        assert sorted(cuts[10:], key=int) == cuts[10:]
