@@ -47,7 +47,9 @@ class Files(LoadScopeScheduling):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Files:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Files | None:
+    if config.option.dist != "load":  # what `-n` alone means; who names another way gets that
+        return None
     config.option.loadscopereorder = False  # else the files with the most tests would come first
     return Files(config, log)
 

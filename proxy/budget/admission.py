@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Final
 from proxy.budget import answers
 from proxy.budget.access import Access
 from proxy.budget.amounts import MAX_AMOUNT, Amounts
-from proxy.budget.counting import BYTES_PER_TOKEN, count
+from proxy.budget.counting import BYTES_PER_TOKEN, bounded, count
 from proxy.budget.estimate import Exposure
 from proxy.budget.held import NO_RISK, Held
 from proxy.budget.local import Slices
-from proxy.budget.plan import Plan, Planner, exceeds
+from proxy.budget.plan import Plan, Planner, Want, exceeds
 from proxy.budget.policy import Policy, reach_of
 from proxy.budget.pricing import cost, unknown_refused
 from proxy.budget.refusals import Refusals
+from proxy.budget.spare import is_far_below
 from proxy.budget.tender import LEASE_MS
 from proxy.budget.waiting import Waiting
 from proxy.errors import ProxyError
@@ -71,10 +72,56 @@ class Admission:
         found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
         return answers.rate_limit_headers(((scope, row) for scope, row in found if row is not None), refused)
 
-    def plan(self, charge: Charge, target: Target) -> Plan:
-        """What an attempt at `target` is to reserve. Raises ModelPriceUnknown, RequestExceedsBudget, ProviderFull."""
-        policy = charge.policy
-        plan = self._planner.plan(charge.want, policy, target, self.exposures, self.access.processes)
+    async def take(self, charge: Charge, target: Target) -> Plan:
+        """Covers an attempt at `target`, beside all that went before. Raises what `Charge.cover` raises."""
+        held, want = charge.held, charge.want
+        bound = charge.policy.at(target.provider)
+        if held.state is None or (held.state == "open" and bound.reserves and not charge.degraded):
+            return await self._reserve(charge, target)
+        if bound.enforced:
+            await count(self._counter, want, target)
+        else:
+            self._guess(want)
+        plan = self._plan(charge, target)
+        if held.local is not None:
+            refused = await self._take_slice(charge, plan, self._total(held, plan.ask), StoreUnavailable("open"))
+            if refused is not None:
+                raise self._refusal(charge, refused)
+        elif held.state == "asked":
+            return await self._raise(charge, plan)
+        return plan
+
+    # -- how much ----------------------------------------------------------------------------------------------------
+
+    async def _sized(self, charge: Charge, target: Target, *, exactly: bool) -> Plan:
+        """What an attempt at `target` is to reserve. Counts its input where a limit is near, or `exactly`."""
+        want, policy = charge.want, charge.policy
+        bound = policy.at(target.provider)
+        if not bound.enforced:
+            self._guess(want)
+        elif not exactly and policy.settings.estimate == "adaptive" and bounded(want, bound.far):
+            plan = self._planner.plan(want, policy, target, self.exposures, self.access.processes)
+            row = self.access.watch.row
+            if is_far_below(plan.ask, ((scope, row(scope)) for scope in bound.limiting)):
+                return self._checked(charge, plan)
+            await count(self._counter, want, target)
+        else:
+            await count(self._counter, want, target)
+        return self._plan(charge, target)
+
+    @staticmethod
+    def _guess(want: Want) -> None:
+        """Good enough to watch by."""
+        if want.ask.fields and not want.counted:
+            want.input_tokens = len(want.ask.call.body) // BYTES_PER_TOKEN
+
+    def _plan(self, charge: Charge, target: Target) -> Plan:
+        """Raises ModelPriceUnknown, RequestExceedsBudget."""
+        plan = self._planner.plan(charge.want, charge.policy, target, self.exposures, self.access.processes)
+        return self._checked(charge, plan)
+
+    def _checked(self, charge: Charge, plan: Plan) -> Plan:
+        policy, target = charge.policy, plan.target
         bound = policy.at(target.provider)
         if plan.rates is None and charge.want.ask.dialect not in _PRICED_LATER:
             limited = bound.reach.nano_usd is not None
@@ -84,24 +131,7 @@ class Admission:
             raise answers.request_exceeds(plan, [(one, reach_of(one.limits)) for one in bound.scopes if one.enforced])
         return plan
 
-    async def take(self, charge: Charge, target: Target) -> Plan:
-        """Covers an attempt at `target`, beside all that went before. Raises what `Charge.cover` raises."""
-        held, want = charge.held, charge.want
-        bound = charge.policy.at(target.provider)
-        if bound.enforced:
-            await count(self._counter, want, target)
-        elif want.ask.fields and not want.input_bound:
-            want.input_tokens = len(want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
-        if held.state is None or (held.state == "open" and bound.reserves and not charge.degraded):
-            return await self._reserve(charge, target)
-        plan = self.plan(charge, target)
-        if held.local is not None:
-            refused = await self._take_slice(charge, plan, self._total(held, plan.ask), StoreUnavailable("open"))
-            if refused is not None:
-                raise self._refusal(charge, refused)
-        elif held.state == "asked":
-            return await self._raise(charge, plan)
-        return plan
+    # -- while it runs, and at its end -------------------------------------------------------------------------------
 
     async def grow(self, charge: Charge, plan: Plan, output_tokens: int) -> bool:
         """Covers a longer reply of the attempt that runs. False: there is no room, or nobody to ask."""
@@ -173,9 +203,13 @@ class Admission:
         again = bool(policy.settings.wait_ms) and waiting.queued(policy.tenant) and waiting.has_room()
         if again:  # Behind those who came before.
             await waiting.turn(policy.tenant, until - self._clock())
+        exactly = False
         while True:
-            plan = self.plan(charge, target)
+            plan = await self._sized(charge, target, exactly=exactly)
             refused = await self._ask(charge, plan)
+            if refused is not None and not exactly and not charge.want.counted and bounded(charge.want, None):
+                exactly = True  # Less than the bound may well fit.
+                continue
             if refused is None:
                 if again:
                     waiting.wake()  # There may be room for one more.

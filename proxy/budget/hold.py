@@ -135,7 +135,7 @@ class Budget:
 
     def unreserved(self, tab: Tab, target: Target) -> Plan:
         """What is known of an attempt that nothing is reserved for."""
-        if tab.want.ask.fields and not tab.want.input_bound:
+        if tab.want.ask.fields and not tab.want.counted:
             tab.want.input_tokens = len(tab.want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
         return self._planner.unreserved(tab.want, tab.policy, target)
 

@@ -46,6 +46,8 @@ class Want:
     """Counted; an estimate of what the provider will count."""
     input_bound: int = 0
     """The most that the input can be."""
+    counted: bool = False
+    """`input_tokens` is a count; else it may be that bound, or a guess to watch by."""
     asked: int | None = None
     """The client's own maximum of output tokens, for one choice."""
     choices: int = 1

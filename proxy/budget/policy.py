@@ -14,6 +14,7 @@ from typing import Final
 
 from proxy.budget.amounts import Limits
 from proxy.budget.settings import UNWRITTEN, BudgetSettings, LimitSettings, merged
+from proxy.budget.spare import FAR
 from proxy.money import nano_usd
 from proxy.store.base import Scope, ScopeKind
 
@@ -60,7 +61,7 @@ def reach_of(limits: Limits) -> Reach:
 class Bound:
     """Scopes that a reservation takes together, and what follows from their limits. Made once for each target."""
 
-    __slots__ = ("enforced", "limited", "places", "reach", "reserves", "risky", "scopes", "watched")
+    __slots__ = ("enforced", "far", "limited", "limiting", "places", "reach", "reserves", "risky", "scopes", "watched")
 
     def __init__(self, scopes: tuple[Scope, ...], *, rehearses: bool) -> None:
         """`rehearses`: what is only watched is reserved like what is enforced, so that it says what that would."""
@@ -79,6 +80,10 @@ class Bound:
                 reach = reach.within(reach_of(scope.limits))
         self.reach = reach
         """Of the enforced scopes."""
+        self.limiting = tuple(scope for scope in limited if scope.enforced)
+        """Those that can refuse."""
+        self.far = None if reach.tokens is None else reach.tokens // FAR
+        """Tokens: a larger input is counted before it is asked for. None: whatever its size, it may not have to be."""
         risky = [(scope.place, reach_of(scope.limits)) for scope in scopes if scope.enforced]
         self.risky = tuple((place, one) for place, one in risky if one != Reach())
         """Places that can be overspent by an estimate, and how far each reaches."""

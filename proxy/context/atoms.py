@@ -14,14 +14,13 @@ is removed from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Literal
 
 import msgspec
 
 Raw = bytes | msgspec.Raw
 Dialect = Literal["chat", "responses"]
-_Entry = TypeVar("_Entry")
 
 
 class Atom(msgspec.Struct, frozen=True, gc=False):
@@ -112,22 +111,24 @@ def atoms_of(dialect: Dialect, raws: Sequence[Raw]) -> list[Atom]:
     `duplicate_result`; `unanswered_call`; `stored_item`: a reference to what only the provider has.
     """
     ties = _Ties(len(raws))
-    if dialect == "chat":
-        _read_messages(ties, _decoded(_chat_message, raws))
-    else:
-        _read_items(ties, _decoded(_item, raws))
+    try:
+        if dialect == "chat":
+            _read_messages(ties, map(_chat_message, raws))
+        else:
+            _read_items(ties, map(_item, raws))
+    except _NOT_READABLE as error:
+        raise _unreadable(_chat_message if dialect == "chat" else _item, raws) from error
     return ties.atoms()
 
 
-def _decoded(decode: Callable[[Raw], _Entry], raws: Sequence[Raw]) -> list[_Entry]:
-    found: list[_Entry] = []
-    try:
-        found += map(decode, raws)  # what was decoded before an error is in the list
-    except _NOT_READABLE as error:
-        at = len(found)
-        is_object = bytes(raws[at]).lstrip().startswith(b"{")
-        raise Untrimmable("malformed" if is_object else "not_an_object", at) from error
-    return found
+def _unreadable(decode: Callable[[Raw], object], raws: Sequence[Raw]) -> Untrimmable:
+    for at, raw in enumerate(raws):
+        try:
+            decode(raw)
+        except _NOT_READABLE:
+            is_object = bytes(raw).lstrip().startswith(b"{")
+            return Untrimmable("malformed" if is_object else "not_an_object", at)
+    return Untrimmable("malformed")  # nested so deeply that it depends on how deep the stack is
 
 
 class _Ties:
@@ -180,7 +181,7 @@ class _Ties:
         return found
 
 
-def _read_messages(ties: _Ties, messages: list[_ChatMessage]) -> None:
+def _read_messages(ties: _Ties, messages: Iterable[_ChatMessage]) -> None:
     call, answer, flags = ties.call, ties.answer, ties.flags
     for at, message in enumerate(messages):
         role = message.role
@@ -207,7 +208,7 @@ def _read_messages(ties: _Ties, messages: list[_ChatMessage]) -> None:
             flags[at] |= _PINNED
 
 
-def _read_items(ties: _Ties, items: list[_Item]) -> None:
+def _read_items(ties: _Ties, items: Iterable[_Item]) -> None:
     follows_reasoning = follows_model = False
     for at, item in enumerate(items):
         kind = item.type

@@ -23,7 +23,8 @@ from proxy.context import answers
 from proxy.context.atoms import Atom, Untrimmable, atoms_of
 from proxy.context.base import Complete, Sent, View, Whole
 from proxy.context.digest import NOTE_TOKENS, SummaryFailed, note
-from proxy.context.limits import believed, corrected, limit_of
+from proxy.context.learned import Learned
+from proxy.context.limits import corrected, limit_of
 from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, rewritten
 from proxy.context.settings import ContextSettings
 from proxy.context.summary import Summaries
@@ -40,8 +41,6 @@ from proxy.types import Ask, Record, Target, Tenant, TooLong
 _INLINE_BYTES: Final = 1_048_576
 _INLINE_MESSAGES: Final = 2048
 """Up to both of these a conversation is taken apart, and put together again, on the loop: some milliseconds."""
-_LEARNED: Final = 1024
-_LEARNED_SECONDS: Final = 3600.0
 
 _T = TypeVar("_T")
 
@@ -84,11 +83,8 @@ class Context:
         self._tenants = tenants or {}
         self._window = window
         self._tokens_per_minute = tokens_per_minute
-        self._clock = clock
         self._executor = executor
-        self._learned: dict[tuple[str, str, str], tuple[int, float]] = {}
-        """Windows that providers have named when they refused: by tenant, provider and model, with the time of their
-        end. By tenant, because a refusal may quote what the client wrote: nobody is to shrink the windows of others."""
+        self.learned = Learned(clock)
 
     def view(
         self,
@@ -108,28 +104,12 @@ class Context:
             return Whole(ask)
         return RequestView(self, ask, targets, tenant, settings, output or 0, record, choices, deadline)
 
-    def window(self, target: Target, tenant: Tenant) -> int | None:
-        """Tokens of input and output together."""
-        known = self._window(target)
-        if not self._learned:
-            return known
-        place = (tenant.name, target.provider, target.model)
-        found = self._learned.get(place)
-        if found is None:
-            return known
-        if found[1] <= self._clock():
-            del self._learned[place]
-            return known
-        return found[0] if known is None else min(found[0], known)
+    def known(self, target: Target) -> int | None:
+        """The window of a target, as it is written."""
+        return self._window(target)
 
     def tokens_per_minute(self, tenant: Tenant) -> int | None:
         return self._tokens_per_minute(tenant.name, tenant.key)
-
-    def learn(self, target: Target, tenant: Tenant, window: int) -> None:
-        """A provider has named its window. It is believed for an hour: behind some names stand several servers."""
-        if len(self._learned) >= _LEARNED:
-            del self._learned[next(iter(self._learned))]
-        self._learned[tenant.name, target.provider, target.model] = (window, self._clock() + _LEARNED_SECONDS)
 
     async def run(self, ask: Ask, measured: Measured, work: Callable[[], _T]) -> _T:
         """`work` on a conversation. If the caller leaves, a thread may end it in vain."""
@@ -187,7 +167,7 @@ class RequestView:
 
     def _limit(self, target: Target) -> int | None:
         context, settings = self._context, self._settings
-        window = context.window(target, self._tenant)
+        window = context.learned.window(self._tenant, target, context.known(target))
         if window is not None and answers.cut_by_provider(self._ask):
             window = None
         return limit_of(
@@ -212,32 +192,24 @@ class RequestView:
         if self._settings.mode != "enforce" or (self._refitted is not None and target in self._refitted):
             return None
         self._refitted = {*(self._refitted or ()), target}
+        learned, known = self._context.learned, self._context.known(target)
         if answers.kept_elsewhere(self._ask):
-            self._learn(target, refusal, 0)
+            learned.refused(self._tenant, target, known, refusal)
             return None
         measured = await self._measure(target)
         before = self._fits.get(target)
         sent = before.cut.after if before is not None and before.cut is not None else _total(measured)
-        self._learn(target, refusal, 0 if measured.media.tokens else sent)
+        least = corrected(sent, refusal, self._output)
+        texts = 0 if measured.media.tokens else sent
+        learned.refused(self._tenant, target, known, refusal, sent=texts, room=least, output=self._output)
         if (refusal.output or 0) >= (refusal.window or math.inf):
             return None  # No shorter prompt helps where the reply alone may fill the window.
-        limit, least = self._limit(target), corrected(sent, refusal, self._output)
+        limit = self._limit(target)
         fit = await self._make(target, least if limit is None else min(limit, least))
         if fit.cut is None or fit.refused is not None or fit.cut.after >= sent:
             return None
         self._fits[target] = fit
         return await self._told(target, fit)
-
-    def _learn(self, target: Target, refusal: TooLong, sent: int) -> None:
-        """`sent`: tokens that were refused; 0: they tell nothing of how the provider counts texts."""
-        context, tenant, window = self._context, self._tenant, refusal.window
-        if window is None:
-            return
-        known = context.window(target, tenant)
-        if sent:
-            window = believed(window, sent, refusal, self._output)
-        if known is None or window < known:
-            context.learn(target, tenant, window)
 
     # -- one target --------------------------------------------------------------------------------------------------
 

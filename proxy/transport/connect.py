@@ -3,6 +3,9 @@
 The event loop's own `create_connection` reports several refused addresses as one error without an errno, and one
 address that swallows packets costs it the whole time allowed. So the addresses are tried here, in the resolver's
 order, each with its share of what is left; the TLS handshake then has all that remains.
+
+Names are resolved in a few threads that all of the process shares, and nothing stops one that hangs. So of each name
+there is one question at a time, whoever waits for it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from proxy.errors import ConnectFailed
@@ -27,8 +31,40 @@ _MESSAGES = {
 _Address = tuple[Any, ...]
 
 
+class Names:
+    """Questions to the resolver that are under way. `resolve`: the event loop's own `getaddrinfo` if it is None."""
+
+    __slots__ = ("_asked", "_resolve")
+
+    def __init__(self, resolve: Callable[..., Awaitable[list[_Address]]] | None = None) -> None:
+        self._resolve = resolve
+        self._asked: dict[tuple[str, int], asyncio.Task[list[_Address]]] = {}
+
+    async def addresses(self, host: str, port: int) -> list[_Address]:
+        """Raises OSError. A caller that is cancelled leaves the question to the others, and to those who come later."""
+        place = (host, port)
+        asked = self._asked.get(place)
+        if asked is None:
+            asked = self._asked[place] = asyncio.get_running_loop().create_task(self._ask(host, port))
+            asked.add_done_callback(partial(self._answered, place))
+        return await asyncio.shield(asked)
+
+    def close(self) -> None:
+        for asked in self._asked.values():
+            asked.cancel()
+
+    async def _ask(self, host: str, port: int) -> list[_Address]:
+        resolve = self._resolve or asyncio.get_running_loop().getaddrinfo
+        return await resolve(host, port, type=socket.SOCK_STREAM)
+
+    def _answered(self, place: tuple[str, int], asked: asyncio.Task[list[_Address]]) -> None:
+        del self._asked[place]
+        if not asked.cancelled():
+            asked.exception()  # seen, also where nobody waits any more
+
+
 async def open_connection(
-    protocol: asyncio.Protocol, origin: Origin, tls: ssl.SSLContext | None, deadline: float
+    protocol: asyncio.Protocol, origin: Origin, tls: ssl.SSLContext | None, deadline: float, names: Names
 ) -> asyncio.Transport:
     """Connects `protocol` to `origin`; its `connection_made` has been called when this returns.
 
@@ -39,7 +75,7 @@ async def open_connection(
     stage = "dns"
     try:
         async with asyncio.timeout_at(deadline):
-            addresses = await loop.getaddrinfo(_ascii(origin.host), origin.port, type=socket.SOCK_STREAM)
+            addresses = await names.addresses(_ascii(origin.host), origin.port)
             stage = "network"
             sock = await first_to_answer(loop, addresses, deadline)
             stage = "tls" if tls is not None else "network"

@@ -12,7 +12,7 @@ import ssl
 
 from proxy.errors import ConnectFailed, UpstreamBroken
 from proxy.transport.base import Origin, Request
-from proxy.transport.connect import open_connection, trusting_the_system
+from proxy.transport.connect import Names, open_connection, trusting_the_system
 from proxy.transport.connection import Connection
 from proxy.transport.framing import request_head
 from proxy.transport.pool import KEEPALIVE, Pool, PoolStats
@@ -54,6 +54,7 @@ class Http1Transport:
         self._max_head_bytes = max_head_bytes
         self._ssl_context = ssl_context
         self._sites: dict[tuple[str, str, int], _Site] = {}
+        self._names = Names()
         self._closed = False
 
     async def send(self, request: Request, deadline: float) -> Http1Response:
@@ -80,6 +81,7 @@ class Http1Transport:
 
     async def aclose(self) -> None:
         self._closed = True
+        self._names.close()
         for site in self._sites.values():
             site.pool.close()
 
@@ -120,7 +122,7 @@ class Http1Transport:
         connection = Connection(loop, site.pool, self._max_head_bytes)
         try:
             deadline = min(deadline, loop.time() + self._connect_timeout)
-            transport = await open_connection(connection, site.origin, site.tls, deadline)
+            transport = await open_connection(connection, site.origin, site.tls, deadline, self._names)
             site.pool.add(connection)
             _check(transport, site.tls is not None)
         except BaseException:  # cancelled as well as failed

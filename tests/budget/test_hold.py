@@ -396,7 +396,7 @@ async def test_tenants_take_turns() -> None:
 
 
 async def test_what_is_learnt_is_what_the_next_one_reserves() -> None:
-    scene = Scene(BudgetSettings(tokens_per_minute=1_000_000))
+    scene = Scene(BudgetSettings(tokens_per_minute=10_000))
     for _ in range(20):
         await scene.serve(usage=Usage(10, 7))
     async with scene.budget.hold(TENANT, "", want(), [TARGET], Record()):

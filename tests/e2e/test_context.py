@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
@@ -56,6 +57,8 @@ class Upstream:
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
         self.play: Play = lambda received: plain(ANSWER)
+        self.release: asyncio.Event | None = None
+        """Until then it does not answer."""
         self.port = 0
 
     @property
@@ -75,6 +78,8 @@ async def upstream() -> AsyncIterator[Upstream]:
         while True:
             received = await peer.request()
             found.bodies.append(received.body)
+            if found.release is not None:
+                await found.release.wait()
             await peer.send(found.play(received))
 
     async with serve(script) as server:
@@ -383,6 +388,23 @@ async def test_a_refusal_without_figures_cuts_a_tenth_off(stream: bool) -> None:
         assert answer.status_code == 200
         assert len(one.bodies) == 2
         assert len(one.sent[1]["messages"]) < 122
+
+
+async def test_a_provider_that_names_no_window_is_believed_all_the_same() -> None:
+    """A session goes on beyond the size at which it was refused first, and each turn costs one call."""
+    message = "Please reduce the length of the messages or completion."
+    refusal = {"error": {"message": message, "type": "invalid_request_error", "code": "context_length_exceeded"}}
+
+    def play(received: Received) -> bytes:
+        long = len(received.body) > 20_000
+        return plain(json.dumps(refusal).encode(), 400) if long else plain(ANSWER)
+
+    async with upstream() as one, gateway(a=one.settings(None)) as (_, client):
+        one.play = play
+        answers = [await ask(client, body(count)) for count in range(30, 90)]
+        assert {answer.status_code for answer in answers} == {200}
+        attempts = [int(answer.headers["x-breakwater-attempts"]) for answer in answers]
+        assert sum(attempts) <= len(answers) + 3
 
 
 async def test_it_is_tried_once_more_and_not_twice() -> None:
