@@ -84,12 +84,14 @@ class Pipeline:
             out.expect_stream()
         want = want_of(ask, tags_in(call.header(b"x-breakwater-tags")))
         want.deadline = bounds.deadline
-        want.view = view = self.context.view(ask, targets, tenant, want.asked, record)
+        want.view = view = self.context.view(
+            ask, targets, tenant, want.asked, record, choices=want.choices, deadline=bounds.deadline
+        )
         hold = self.budget.hold(
             tenant.name, tenant.key, want, targets, record, call.request_id, afterwards=out.afterwards
         )
         async with hold as charge:  # 400, 429, 503
-            if view.needed:
+            if self.context.summaries:
                 view.complete = partial(self.children.complete, call, tenant, charge, bounds)
             opening = self.failover.open(ask, targets, charge, record, bounds, view)
             async with opening as reply:  # 429, 503, 504

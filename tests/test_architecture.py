@@ -30,6 +30,7 @@ LAYOUT = Layout(
         (1, "proxy.fault_tolerance.backoff proxy.fault_tolerance.evidence proxy.fault_tolerance.breaker"),
         (1, "proxy.fault_tolerance.fleet proxy.fault_tolerance.retry proxy.fault_tolerance.sharing"),
         (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite proxy.context.limits"),
+        (1, "proxy.context.learned"),
         (1, "proxy.context.answers"),
         (1, "proxy.observability.context_events"),
         (1, "proxy.fault_tolerance.verdict proxy.fault_tolerance.permits"),

@@ -31,6 +31,11 @@ _WHY: Final = {
 }
 
 
+def compacts(ask: Ask) -> bool:
+    """What is sent is to become shorter, and for good: nothing may be missing from it."""
+    return ask.dialect == "responses" and ask.route.endswith("/compact")
+
+
 def kept_elsewhere(ask: Ask) -> str:
     """The member that stands for history that the provider keeps; empty: there is none."""
     if ask.dialect != "responses":

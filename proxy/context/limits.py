@@ -1,9 +1,9 @@
 """How many tokens of a prompt one target gets. Pure.
 
-    limit = min(context.max_tokens, window - output - margin, tokens_per_minute - output)
+    limit = min(context.max_tokens, window - output - margin, tokens_per_minute - output * choices)
 
-`output` is the request's own maximum. One that leaves no room at all is wrong by itself, and the provider says so: it
-is left out. What nobody knows is no limit.
+`output` is the request's own maximum, for each of its choices. One that leaves no room at all is wrong by itself, and
+the provider says so: it is left out. What nobody knows is no limit.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ MARGIN_PERCENT: Final = 1
 """Of the window: counts are ours, and the provider's differ a little."""
 _AGAIN_PERCENT: Final = 98
 """Of what a provider has room for by its own figures."""
+_STEPS: Final = 20
 _BLIND_PERCENT: Final = 90
 """Of what was refused, where it gives no figures."""
 
 
-def limit_of(max_tokens: int | None, window: int | None, tokens_per_minute: int | None, output: int) -> int | None:
+def limit_of(
+    max_tokens: int | None, window: int | None, tokens_per_minute: int | None, output: int, choices: int = 1
+) -> int | None:
     """Tokens of the prompt; None: no limit. `tokens_per_minute`: the smallest that is enforced on the caller."""
     found = [] if max_tokens is None else [max_tokens]
     if window is not None:
         found.append(_less(window - margin(window), output))
     if tokens_per_minute is not None:
-        found.append(_less(tokens_per_minute, output))
+        found.append(_less(tokens_per_minute, output * choices))
     return min(found, default=None)
 
 
@@ -36,6 +39,19 @@ def margin(window: int) -> int:
 
 def _less(room: int, output: int) -> int:
     return max(room - output if output < room else room, 1)
+
+
+def believed(window: int, sent: int, refusal: TooLong, output: int) -> int:
+    """The window to go by after a refusal that names it, in our own count, of which `sent` tokens were refused.
+
+    Where the provider counts more than we do, it will do so again: less of the window is ours then. In steps of a
+    twentieth, because each change moves the cuts of every conversation; and never less than half, which would be
+    another kind of difference.
+    """
+    theirs = 0 if refusal.asked is None else refusal.asked - (output if refusal.output is None else refusal.output)
+    if theirs * 100 <= sent * (100 + MARGIN_PERCENT):
+        return window
+    return window * max(_STEPS * sent // theirs, _STEPS // 2) // _STEPS
 
 
 def corrected(sent: int, refusal: TooLong, output: int) -> int:

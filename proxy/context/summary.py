@@ -7,7 +7,8 @@ no bill, no deadline, no one to free its connection. One of those that wait then
 first had begun is lost. So there is never a task of our own, and nothing to close.
 
 What fails stays failed for a while, or each request of a session would wait the full time for the same failure. Only a
-budget that is used up for the moment is the caller's own matter: another one may well be able to pay.
+budget that is used up for the moment, or a deadline that is near, is the caller's own matter: another one may well be
+able to pay, or to wait.
 
 Bounds. All that comes before the summary is there, waiting for others included, takes at most `seconds`. A store that
 is away costs its own time limit, and the work goes on without it. A request needs one summary at a time, so there are
@@ -17,6 +18,7 @@ no more flights than requests; failures are remembered of so many keys, the late
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -61,7 +63,7 @@ Ask = Callable[[bytes], Awaitable[bytes]]
 
 
 class _NotNow(SummaryFailed):
-    """`budget`, but only that of this caller and at this moment."""
+    """`budget` or `timeout`, but only that of this caller and at this moment."""
 
 
 class Summary(msgspec.Struct, frozen=True, gc=False):
@@ -143,13 +145,17 @@ class Summaries:
         each: Sequence[int],
         cut: Cut,
         ask: Ask,
+        *,
+        seconds: float = math.inf,
     ) -> Summary:
-        """Of everything that `cut` removes, which is something. `each`: tokens of each message.
+        """Of everything that `cut` removes, which is something. `each`: tokens of each message; `seconds`: how long
+        this caller can wait for it.
 
         Raises SummaryFailed, and whatever `ask` raises that is no ProxyError.
         """
         now = asyncio.get_running_loop().time
-        deadline = now() + self._seconds
+        seconds = min(seconds, self._seconds)
+        deadline = now() + seconds
 
         def seen() -> _Wanted:
             covered = sum([each[position] for position in removed(atoms, cut)])
@@ -166,17 +172,17 @@ class Summaries:
                 raise SummaryFailed(landed.reason)
             if landed.text:
                 return Summary(landed.text, "shared")
-            if deadline - now() < self._seconds * LATE:
+            if deadline - now() < seconds * LATE:
                 raise SummaryFailed("timeout")  # not to begin a call that would be paid for and then given up
-        return await self._fly(wanted, ask, deadline)
+        return await self._fly(wanted, ask, deadline, hurried=seconds < self._seconds)
 
     # -- by whoever is first -----------------------------------------------------------------------------------------
 
-    async def _fly(self, wanted: _Wanted, ask: Ask, deadline: float) -> Summary:
+    async def _fly(self, wanted: _Wanted, ask: Ask, deadline: float, *, hurried: bool) -> Summary:
         flight = self._flights[wanted.key] = asyncio.get_running_loop().create_future()
         landed = _Landed()
         try:
-            summary = await self._found_or_made(wanted, ask, deadline)
+            summary = await self._found_or_made(wanted, ask, deadline, hurried=hurried)
             landed = _Landed(summary.text)
         except _NotNow:
             raise
@@ -188,7 +194,7 @@ class Summaries:
             flight.set_result(landed)
         return summary
 
-    async def _found_or_made(self, wanted: _Wanted, ask: Ask, deadline: float) -> Summary:
+    async def _found_or_made(self, wanted: _Wanted, ask: Ask, deadline: float, *, hurried: bool) -> Summary:
         try:
             async with asyncio.timeout_at(deadline) as bound:
                 found = await self._find(wanted.keys[-1:])
@@ -199,7 +205,7 @@ class Summaries:
         except TimeoutError:
             if not bound.expired():
                 raise
-            raise self._remember(wanted.key, "timeout") from None
+            raise (_NotNow("timeout") if hurried else self._remember(wanted.key, "timeout")) from None
         except _NotNow:
             raise
         except SummaryFailed as failure:

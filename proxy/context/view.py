@@ -23,6 +23,7 @@ from proxy.context import answers
 from proxy.context.atoms import Atom, Untrimmable, atoms_of
 from proxy.context.base import Complete, Sent, View, Whole
 from proxy.context.digest import NOTE_TOKENS, SummaryFailed, note
+from proxy.context.learned import Learned
 from proxy.context.limits import corrected, limit_of
 from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, rewritten
 from proxy.context.settings import ContextSettings
@@ -38,13 +39,8 @@ from proxy.tokens.recall import Measured
 from proxy.types import Ask, Record, Target, Tenant, TooLong
 
 _INLINE_BYTES: Final = 1_048_576
-"""Of a conversation that is taken apart on the loop: some milliseconds."""
-_Learned = dict[tuple[str, ...], tuple[int, float]]
-"""Tokens, and until when they are believed."""
-_CREDIBLE: Final = 1.5
-"""A limit below so small a part of what was sent tells of an odd prompt, not of the next one."""
-_LEARNED: Final = 1024
-_LEARNED_SECONDS: Final = 3600.0
+_INLINE_MESSAGES: Final = 2048
+"""Up to both of these a conversation is taken apart, and put together again, on the loop: some milliseconds."""
 
 _T = TypeVar("_T")
 
@@ -87,62 +83,37 @@ class Context:
         self._tenants = tenants or {}
         self._window = window
         self._tokens_per_minute = tokens_per_minute
-        self._clock = clock
         self._executor = executor
-        self._named: _Learned = {}
-        """Windows that providers have named when they refused, by provider and model."""
-        self._felt: _Learned = {}
-        """Limits of prompts where a provider has refused without a figure, by tenant, provider and model: what made it
-        refuse is one tenant's own, and so is what follows from it."""
+        self.learned = Learned(clock)
 
-    def view(self, ask: Ask, targets: Sequence[Target], tenant: Tenant, output: int | None, record: Record) -> View:
-        """`output`: the request's own maximum for one choice."""
+    def view(
+        self,
+        ask: Ask,
+        targets: Sequence[Target],
+        tenant: Tenant,
+        output: int | None,
+        record: Record,
+        *,
+        choices: int = 1,
+        deadline: float = math.inf,
+    ) -> View:
+        """`output`: the request's own maximum for one of its `choices`; `deadline`: of the request, on the loop's
+        clock."""
         settings = self._tenants.get(tenant.name, self._settings)
-        if settings.mode == "off" or ask.dialect not in answers.MEMBERS:
+        if settings.mode == "off" or ask.dialect not in answers.MEMBERS or answers.compacts(ask):
             return Whole(ask)
-        return RequestView(self, ask, targets, tenant, settings, output or 0, record)
+        return RequestView(self, ask, targets, tenant, settings, output or 0, record, choices, deadline)
 
-    def window(self, target: Target) -> int | None:
-        """Tokens of input and output together."""
-        known = self._window(target)
-        named = self._of(self._named, (target.provider, target.model)) if self._named else None
-        return known if named is None else named if known is None else min(named, known)
-
-    def felt(self, tenant: Tenant, target: Target) -> int | None:
-        """Tokens of a prompt that a provider may not refuse, as far as it has let on."""
-        return self._of(self._felt, (tenant.name, target.provider, target.model)) if self._felt else None
+    def known(self, target: Target) -> int | None:
+        """The window of a target, as it is written."""
+        return self._window(target)
 
     def tokens_per_minute(self, tenant: Tenant) -> int | None:
         return self._tokens_per_minute(tenant.name, tenant.key)
 
-    def learn(self, tenant: Tenant, target: Target, refusal: TooLong, *, sent: int, limit: int) -> None:
-        """A provider has refused `sent` tokens. If it names a window that is news, that is believed; else that it wants
-        at most `limit` (0: that says nothing of other prompts). For an hour: behind some names stand several servers.
-        """
-        window, known = refusal.window, self.window(target)
-        if window is not None and (known is None or window < known):
-            self._keep(self._named, (target.provider, target.model), window)
-        elif limit * _CREDIBLE >= sent:
-            self._keep(self._felt, (tenant.name, target.provider, target.model), limit)
-
-    def _keep(self, where: _Learned, place: tuple[str, ...], tokens: int) -> None:
-        where.pop(place, None)
-        if len(where) >= _LEARNED:
-            del where[next(iter(where))]
-        where[place] = (tokens, self._clock() + _LEARNED_SECONDS)
-
-    def _of(self, where: _Learned, place: tuple[str, ...]) -> int | None:
-        found = where.get(place)
-        if found is None:
-            return None
-        if found[1] <= self._clock():
-            del where[place]
-            return None
-        return found[0]
-
-    async def run(self, size: int, work: Callable[[], _T]) -> _T:
-        """`work` on a conversation of so many bytes. If the caller leaves, a thread may end it in vain."""
-        if size <= _INLINE_BYTES:
+    async def run(self, ask: Ask, measured: Measured, work: Callable[[], _T]) -> _T:
+        """`work` on a conversation. If the caller leaves, a thread may end it in vain."""
+        if len(ask.call.body) <= _INLINE_BYTES and len(measured.raws) <= _INLINE_MESSAGES:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
@@ -150,8 +121,8 @@ class Context:
 class RequestView:
     """See `View`. One task uses it."""
 
-    __slots__ = ("_ask", "_context", "_fits", "_limits", "_output", "_record", "_refitted", "_settings", "_tenant",
-                 "complete", "needed")  # fmt: skip
+    __slots__ = ("_ask", "_choices", "_context", "_deadline", "_fits", "_output", "_record", "_refitted", "_said",
+                 "_settings", "_tenant", "complete", "needed")  # fmt: skip
 
     def __init__(
         self,
@@ -162,6 +133,8 @@ class RequestView:
         settings: ContextSettings,
         output: int,
         record: Record,
+        choices: int,
+        deadline: float,
     ) -> None:
         self.complete: Complete | None = None
         """Asks a model on behalf of this request; None: nobody does."""
@@ -171,6 +144,10 @@ class RequestView:
         self._settings = settings
         self._output = output
         self._record = record
+        self._choices = choices
+        self._deadline = deadline
+        self._said: _Fit | None = None
+        """The last one that there was an event of."""
         self._refitted: set[Target] | None = None
         self._fits: dict[Target, _Fit] = {}
         self.needed = False
@@ -190,12 +167,12 @@ class RequestView:
 
     def _limit(self, target: Target) -> int | None:
         context, settings = self._context, self._settings
-        window = context.window(target)
+        window = context.learned.window(self._tenant, target, context.known(target))
         if window is not None and answers.cut_by_provider(self._ask):
             window = None
-        limit = limit_of(settings.max_tokens, window, context.tokens_per_minute(self._tenant), self._output)
-        felt = context.felt(self._tenant, target)
-        return limit if felt is None else felt if limit is None else min(felt, limit)
+        return limit_of(
+            settings.max_tokens, window, context.tokens_per_minute(self._tenant), self._output, self._choices
+        )
 
     # -- the port ----------------------------------------------------------------------------------------------------
 
@@ -215,14 +192,20 @@ class RequestView:
         if self._settings.mode != "enforce" or (self._refitted is not None and target in self._refitted):
             return None
         self._refitted = {*(self._refitted or ()), target}
-        if answers.kept_elsewhere(self._ask) or (refusal.output or 0) >= (refusal.window or math.inf):
-            return None  # No shorter prompt helps where the reply alone may fill the window.
-        before = self._fits.get(target)
+        learned, known = self._context.learned, self._context.known(target)
+        if answers.kept_elsewhere(self._ask):
+            learned.refused(self._tenant, target, known, refusal)
+            return None
         measured = await self._measure(target)
+        before = self._fits.get(target)
         sent = before.cut.after if before is not None and before.cut is not None else _total(measured)
-        limit = corrected(sent, refusal, self._output)
-        self._context.learn(self._tenant, target, refusal, sent=sent, limit=0 if measured.media.tokens else limit)
-        fit = await self._make(target, limit)
+        least = corrected(sent, refusal, self._output)
+        texts = 0 if measured.media.tokens else sent
+        learned.refused(self._tenant, target, known, refusal, sent=texts, room=least, output=self._output)
+        if (refusal.output or 0) >= (refusal.window or math.inf):
+            return None  # No shorter prompt helps where the reply alone may fill the window.
+        limit = self._limit(target)
+        fit = await self._make(target, least if limit is None else min(limit, least))
         if fit.cut is None or fit.refused is not None or fit.cut.after >= sent:
             return None
         self._fits[target] = fit
@@ -251,7 +234,7 @@ class RequestView:
         if total <= limit:
             return _Fit(whole, limit, measured)
         try:
-            atoms, cut = await self._context.run(len(ask.call.body), lambda: self._cut(measured, limit))
+            atoms, cut = await self._context.run(ask, measured, lambda: self._cut(measured, limit))
         except Untrimmable as error:
             refused = self._refusal(answers.cannot_shorten(ask, limit, total, error))
             return _Fit(whole, limit, measured, refused=refused, untouched=error.reason)
@@ -264,7 +247,7 @@ class RequestView:
         sent = whole
         if acts:
             note = marker(cut, measured.each, atoms) if cut.stages else None
-            sent = self._sent(measured, atoms, cut, note)
+            sent = await self._context.run(ask, measured, lambda: self._sent(measured, atoms, cut, note))
         return _Fit(sent, limit, measured, atoms, cut)
 
     def _cut(self, measured: Measured, limit: int) -> tuple[Sequence[Atom], Cut]:
@@ -289,7 +272,8 @@ class RequestView:
         array = rewritten(dialect, measured.raws, atoms, cut, note, measured.each)
         fields = {**ask.fields, answers.ARRAYS[dialect]: msgspec.Raw(array)}
         edited = replace(ask, fields=fields, edited=True)
-        return Sent(edited, cut.after, max(most_with(dialect, fields, measured.media), cut.after))
+        tokens = cut.after + measured.media.guessed
+        return Sent(edited, tokens, max(most_with(dialect, fields, measured.media), tokens))
 
     # -- what is said of it ------------------------------------------------------------------------------------------
 
@@ -299,20 +283,26 @@ class RequestView:
         sent, failed = fit.sent, ""
         strategy: str = settings.trim_strategy
         acts = settings.mode == "enforce"
-        if cut is not None and cut.stages and acts and strategy == "summary":
-            strategy, failed, sent = await self._summarised(fit, cut)
         record.counted = sent.tokens
+        if cut is not None and cut.stages and acts and strategy == "summary":
+            record.counted = 0  # Of a summary only the most is known; and its own call is in the usage, too.
+            strategy, failed, sent = await self._summarised(fit, cut)
         record.context_tokens = record.context_trimmed = ""
         if fit.limit is not None:
-            method = "bound" if fit.measured is None else "counted"
-            record.context_tokens = answers.tokens_header(sent.tokens or sent.most, fit.limit, method)
+            if fit.measured is None:
+                tokens, method = sent.most, "bound"
+            else:
+                tokens, method = cut.after if cut is not None and acts else _total(fit.measured), "counted"
+            record.context_tokens = answers.tokens_header(tokens, fit.limit, method)
         if cut is None:
             if fit.measured is not None:
                 record.context_trimmed = answers.untrimmed_header(fit.untouched)
             return sent.ask
         dropped, place = answers.removed(cut, fit.atoms)
         record.context_trimmed = answers.trimmed_header(strategy, cut, dropped, place, failed=failed, acts=acts)
-        call = self._ask.call
+        call, said, self._said = self._ask.call, self._said, fit
+        if said is fit:  # sent once more as it was
+            return sent.ask
         self._context.emit(
             ContextTrimmed(
                 request_id=call.request_id, trace_id=call.traceparent[3:35], tenant=record.tenant, model=record.model,
@@ -328,12 +318,17 @@ class RequestView:
         summaries, measured, complete = self._context.summaries.get(model), fit.measured, self.complete
         if summaries is None or complete is None or measured is None:
             return "oldest", "unavailable", fit.sent
-        raws, each, atoms = measured.raws, measured.each, fit.atoms
+        ask, raws, each, atoms = self._ask, measured.raws, measured.each, fit.atoms
+        # Half of the time that is left, for the answer needs some, too.
+        seconds = (self._deadline - asyncio.get_running_loop().time()) / 2
         try:
-            found = await summaries.summary(self._tenant.name, self._ask.dialect, raws, atoms, each, cut, complete)
+            found = await summaries.summary(
+                self._tenant.name, ask.dialect, raws, atoms, each, cut, complete, seconds=seconds
+            )
         except SummaryFailed as error:
             return "oldest", error.reason, fit.sent
-        return "summary", "", self._sent(measured, atoms, cut, note(found.text, model, atoms, each, cut))
+        text = note(found.text, model, atoms, each, cut)
+        return "summary", "", await self._context.run(ask, measured, lambda: self._sent(measured, atoms, cut, text))
 
 
 def _total(measured: Measured) -> int:

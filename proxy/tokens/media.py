@@ -11,7 +11,8 @@ counts as much as an image can. Audio is ten tokens a second: a WAV header says 
 taken for the lowest bit rate that speech is sent in. A file counts a token for every two of its bytes.
 
 These are the vendors' published rules where there are any, and measured figures elsewhere. They serve to reserve;
-what is charged in the end is the provider's own count.
+what is charged in the end is the provider's own count. How much of a figure may be too much is told with it: nothing
+is refused or removed for tokens that may not be there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Media(NamedTuple):
     tokens: int = 0
     bytes: int = 0
     """Of the encoded data, which is no text."""
+    guessed: int = 0
+    """Of the tokens, those beyond what it has at least, as far as that can be seen from here."""
 
 
 NONE: Final = Media()
@@ -48,6 +51,10 @@ _HEAD_CHARS: Final = 87_380
 AUDIO_TOKENS_PER_SECOND: Final = 10
 _SLOWEST_AUDIO: Final = 1000
 """Bytes a second of compressed speech at 8 kbit/s."""
+_FASTEST_AUDIO: Final = 40_000
+"""And of compressed music at 320 kbit/s."""
+_SMALLEST: Final = (1, 1)
+"""What an image that cannot be seen has at least: width and height."""
 _BYTES_PER_FILE_TOKEN: Final = 2
 _UNSEEN_FILE: Final = 16_384
 
@@ -107,11 +114,12 @@ def marked(body: bytes) -> bool:
 
 def total(found: Iterable[Media]) -> Media:
     """The sum."""
-    tokens = size = 0
+    tokens = size = guessed = 0
     for media in found:
         tokens += media.tokens
         size += media.bytes
-    return Media(tokens, size)
+        guessed += media.guessed
+    return Media(tokens, size, guessed)
 
 
 def media_in(entry: object, family: str) -> Media:
@@ -136,7 +144,9 @@ def _part(part: Mapping[str, Any], family: str) -> Media:
         if isinstance(image, dict):
             image, detail = image.get("url"), image.get("detail", detail)
         data = _data(image)
-        return Media(_image(family, dimensions(data), low=detail == "low"), len(data))
+        low, seen = detail == "low", dimensions(data)
+        most = _image(family, seen, low=low)
+        return Media(most, len(data), most - _image(family, seen or _SMALLEST, low=low))
     if kind == "input_audio":
         audio = part.get("input_audio")
         sound = audio.get("data") if isinstance(audio, dict) else None
@@ -145,7 +155,8 @@ def _part(part: Mapping[str, Any], family: str) -> Media:
         inner: Any = part.get("file") if kind == "file" else part
         data = _data(inner.get("file_data") if isinstance(inner, dict) else None)
         size = len(data) * 3 // 4
-        return Media(-(-size // _BYTES_PER_FILE_TOKEN) if size else _UNSEEN_FILE, len(data))
+        most = -(-size // _BYTES_PER_FILE_TOKEN) if size else _UNSEEN_FILE
+        return Media(most, len(data), most)  # of a scanned page, nearly all bytes are its picture
     return NONE
 
 
@@ -167,10 +178,11 @@ def _head(data: str) -> bytes:
 def _audio(data: str) -> Media:
     head = _head(data[:1024])
     size = len(data) * 3 // 4
-    rate = _SLOWEST_AUDIO
+    rate, fastest = _SLOWEST_AUDIO, _FASTEST_AUDIO
     if head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt ":
-        rate = max(int.from_bytes(head[28:32], "little"), rate)
-    return Media(-(-size * AUDIO_TOKENS_PER_SECOND // rate), len(data))
+        rate = fastest = max(int.from_bytes(head[28:32], "little"), rate)
+    most, least = (-(-size * AUDIO_TOKENS_PER_SECOND // one) for one in (rate, fastest))
+    return Media(most, len(data), most - least)
 
 
 def image_tokens(model: str, size: tuple[int, int] | None, *, low: bool = False) -> int:

@@ -27,7 +27,8 @@ _LARGEST: Final = b"l"
 
 
 class Measured(msgspec.Struct, frozen=True, gc=False):
-    """The tokens of a prompt, media included. `fixed + sum(each)` must fit into a model's window."""
+    """The tokens of a prompt, media included. `fixed + sum(each)` must fit into a model's window; it has of media only
+    what they come to at least (`Media.guessed`)."""
 
     fixed: int
     """What is no message: tools, instructions, the reply's opening and its schema. Also a conversation that is no list,
@@ -41,7 +42,7 @@ class Measured(msgspec.Struct, frozen=True, gc=False):
     media: Media
     """What of the prompt is media: their tokens, which are in the counts, and their bytes."""
     total: int
-    """What a provider bills for: `fixed + sum(each)`, of several prompts all."""
+    """What a provider may bill for: as `fixed + sum(each)`, of several prompts all, of media the most."""
 
 
 @dataclass(slots=True)
@@ -123,7 +124,8 @@ class Recall:
         tokens = sum(draft.each)
         exact = not tally.guesses
         found = media.total(draft.media) if draft.media else media.NONE
-        return Measured(draft.fixed, draft.each, draft.prompt.messages, exact, found, draft.total + tokens)
+        most = draft.total + tokens + found.guessed
+        return Measured(draft.fixed, draft.each, draft.prompt.messages, exact, found, most)
 
     def _known(self, key: bytes, family: str) -> tuple[int, Media] | None:
         tokens = self._tokens.get(key)
@@ -133,7 +135,7 @@ class Recall:
         return None if found is None else (~tokens, found)
 
     def _take(self, draft: Draft, position: int, tokens: int, found: Media) -> None:
-        draft.each[position] = tokens + found.tokens
+        draft.each[position] = tokens + found.tokens - found.guessed
         if found is not media.NONE:
             draft.media.append(found)
 
@@ -167,10 +169,11 @@ class Recall:
 def _scaled(draft: Draft) -> Measured:
     """Of too many messages: the tokens of the selected ones scaled up, but never more than their list has bytes."""
     prompt = draft.prompt
-    counted = sum(draft.each) - media.total(draft.media).tokens
+    known = media.total(draft.media)
+    counted = sum(draft.each) - (known.tokens - known.guessed)
     texts = min(-(-counted * len(prompt.messages) // len(draft.selected)), prompt.size)
     found = media.total(
         media.media_in(walks.decoded(raw), draft.family) for raw in prompt.messages if media.marked(bytes(raw))
     )
-    fixed = draft.fixed + texts + found.tokens
-    return Measured(fixed, [], [], False, found, fixed)
+    most = draft.fixed + texts + found.tokens
+    return Measured(most - found.guessed, [], [], False, found, most)

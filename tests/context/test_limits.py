@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.context.limits import corrected, limit_of, margin
+from proxy.context.limits import believed, corrected, limit_of, margin
 from proxy.types import TooLong
 
 SOME = st.integers(1, 2_000_000)
@@ -71,3 +71,28 @@ def test_a_second_try_is_always_shorter(
     sent: int, window: int | None, asked: int | None, of_output: int | None, output: int
 ) -> None:
     assert 1 <= corrected(sent, TooLong(window, asked, of_output), output) < sent
+
+
+def test_a_minute_has_to_hold_every_choice_and_a_window_one() -> None:
+    assert limit_of(None, 128_000, 40_000, 1000, choices=4) == 36_000
+    assert limit_of(None, 10_000, None, 1000, choices=4) == 8_900
+
+
+@pytest.mark.parametrize(
+    ("sent", "refusal", "output", "window"),
+    [
+        (10_000, TooLong(8_000), 0, 8_000),  # it does not say how much it counted
+        (10_000, TooLong(8_000, 10_000), 0, 8_000),
+        (10_000, TooLong(8_000, 10_100), 0, 8_000),  # what the margin is for
+        (10_000, TooLong(8_000, 10_200), 0, 7_600),
+        (8_000, TooLong(8_000, 10_000), 0, 6_400),
+        (8_000, TooLong(8_000, 12_000, 2_000), 0, 6_400),  # its input was 10,000
+        (8_000, TooLong(8_000, 10_000), 2_000, 8_000),  # it may have counted the reply, too
+        (1_000, TooLong(8_000, 10_000), 0, 4_000),
+    ],
+)
+def test_a_provider_that_counts_more_has_less_room_by_our_count(
+    sent: int, refusal: TooLong, output: int, window: int
+) -> None:
+    assert refusal.window is not None
+    assert believed(refusal.window, sent, refusal, output) == window

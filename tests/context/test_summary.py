@@ -384,6 +384,17 @@ async def test_a_summary_that_others_made_meanwhile_ends_a_failure() -> None:
     assert (await told(one, removal([0]), Upstream())).source == "kept"
 
 
+async def test_who_can_not_wait_as_long_as_others_fails_alone() -> None:
+    summaries, upstream = of(), Upstream()
+    upstream.gate = asyncio.Event()
+    with pytest.raises(SummaryFailed) as raised:
+        await summaries.summary("acme", *removal([0]).parts, upstream, seconds=0.02)
+    assert (raised.value.reason, raised.value.remembered) == ("timeout", False)
+    assert (upstream.cancelled, summaries.under_way) == (1, 0)
+    upstream.gate.set()
+    assert (await told(summaries, removal([0]), upstream)).source == "made"
+
+
 async def test_a_timeout_stands_for_a_while_too() -> None:
     summaries, upstream = of(seconds=0.05, clock=Seconds()), Upstream()
     upstream.gate = asyncio.Event()

@@ -127,7 +127,7 @@ def test_parts_of_a_response() -> None:
         {"role": "user", "content": [{"type": "input_image", "image_url": "https://example.com/x.png"}]},
         {"type": "function_call_output", "output": [{"type": "input_image", "file_id": "f", "detail": "low"}]},
     ]
-    assert media_of("responses", fields(input=items), "gpt-4o") == Media(1445 + 85, 0)
+    assert media_of("responses", fields(input=items), "gpt-4o") == Media(1445 + 85, 0, 1445 - 255)
 
 
 def test_audio_by_its_length() -> None:
@@ -152,7 +152,7 @@ def test_files() -> None:
         {"type": "file", "file": {"file_id": "file-1"}},
     ]
     found = media_of("chat", fields(messages=[{"role": "user", "content": content}]), "gpt-4o")
-    assert found == Media(6000 + 16_384, len(data))
+    assert found == Media(6000 + 16_384, len(data), 6000 + 16_384)
 
 
 @pytest.mark.parametrize(
