@@ -228,7 +228,7 @@ class Record:
     upstream_ended: float = 0.0
     """Both of the last attempt."""
     elsewhere: float = 0.0
-    """Seconds of the attempts before it, and of waiting between them."""
+    """Seconds of the attempts before it, of waiting between them, and of calls to other models."""
     counted: int = 0
     """Tokens of the prompt that was sent last, by our own count; 0: nobody counted it."""
     context_tokens: str = ""

@@ -209,6 +209,7 @@ class RequestView:
         if fit.cut is None or fit.refused is not None or fit.cut.after >= sent:
             return None
         self._fits[target] = fit
+        self.needed = True  # from here on, what is sent is not what came
         return await self._told(target, fit)
 
     # -- one target --------------------------------------------------------------------------------------------------
@@ -319,14 +320,18 @@ class RequestView:
         if summaries is None or complete is None or measured is None:
             return "oldest", "unavailable", fit.sent
         ask, raws, each, atoms = self._ask, measured.raws, measured.each, fit.atoms
-        # Half of the time that is left, for the answer needs some, too.
-        seconds = (self._deadline - asyncio.get_running_loop().time()) / 2
+        now = asyncio.get_running_loop().time
+        begun = now()
+        seconds = (self._deadline - begun) / 2  # for the answer needs some, too
         try:
             found = await summaries.summary(
                 self._tenant.name, ask.dialect, raws, atoms, each, cut, complete, seconds=seconds
             )
         except SummaryFailed as error:
             return "oldest", error.reason, fit.sent
+        finally:
+            if not self._record.attempts:  # else it is within the time since the last one
+                self._record.elsewhere += now() - begun
         text = note(found.text, model, atoms, each, cut)
         return "summary", "", await self._context.run(ask, measured, lambda: self._sent(measured, atoms, cut, text))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from base64 import b64encode
 from typing import Any
@@ -9,8 +10,20 @@ from typing import Any
 import pytest
 
 from proxy.observability.events import RequestFinished
-from tests.e2e.scene import ANSWER, plain
-from tests.e2e.test_context import SYSTEM, TASK, WINDOW, ask, body, facts_of, gateway, items, trimmed, upstream
+from tests.e2e.scene import ANSWER, plain, until
+from tests.e2e.test_context import (
+    SYSTEM,
+    TASK,
+    TOO_LONG,
+    WINDOW,
+    ask,
+    body,
+    facts_of,
+    gateway,
+    items,
+    trimmed,
+    upstream,
+)
 from tests.transport.servers import Peer, Received, serve
 
 pytestmark = pytest.mark.anyio
@@ -149,12 +162,16 @@ async def test_a_summary_leaves_the_answer_half_of_the_time() -> None:
     """Of a request whose own deadline is nearer than the time that a summary may take."""
     async with upstream() as one, serve(asleep) as server:
         sleeper = {"kind": "openai", "base_url": f"http://127.0.0.1:{server.port}/v1"}
-        async with gateway(a=one.settings(), b=sleeper, sections=summarising()) as (_, client):
+        async with gateway(a=one.settings(), b=sleeper, sections=summarising()) as (running, client):
             client.headers["x-breakwater-timeout-ms"] = "2000"
             answer = await ask(client, body(100))
             assert answer.status_code == 200
             facts = facts_of(answer.headers["x-breakwater-context-trimmed"])
             assert (facts[""], facts["fallback"]) == ("oldest", "timeout")
+            await running.quiet()
+            (outcome,) = [event for event in running.outcomes() if isinstance(event, RequestFinished)]
+            assert outcome.overhead is not None
+            assert outcome.overhead < 0.9  # the second of waiting is another model's
 
 
 async def asleep(peer: Peer) -> None:
@@ -186,3 +203,25 @@ async def test_a_provider_that_counts_more_refuses_once_and_not_at_each_turn() -
         assert refused == 1
         assert len(set(cuts)) < 12
         assert sorted(cuts[10:], key=int) == cuts[10:]
+
+
+async def test_a_second_try_that_nobody_waits_for_is_billed_as_what_was_sent() -> None:
+    async with upstream() as one, gateway(a=one.settings(None)) as (running, client):
+        held = asyncio.Event()
+
+        def play(received: Received) -> bytes:
+            one.release = held
+            return plain(json.dumps(TOO_LONG).encode(), 400)
+
+        one.play = play
+        asking = asyncio.create_task(ask(client, body(60)))
+        await until(lambda: len(one.bodies) == 2, "the second one")
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await running.quiet()
+        (outcome,) = [event for event in running.outcomes() if isinstance(event, RequestFinished)]
+        held.set()
+        assert outcome.usage is not None
+        assert outcome.usage.estimated
+        assert 0 < outcome.usage.input < WINDOW
