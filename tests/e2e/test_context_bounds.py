@@ -225,3 +225,14 @@ async def test_a_second_try_that_nobody_waits_for_is_billed_as_what_was_sent() -
         assert outcome.usage is not None
         assert outcome.usage.estimated
         assert 0 < outcome.usage.input < WINDOW
+
+
+async def test_a_second_try_that_fails_is_repeated_as_short_as_it_was() -> None:
+    plays = [plain(json.dumps(TOO_LONG).encode(), 400), plain(b'{"error":{"message":"down"}}', 500), plain(ANSWER)]
+    sections = {"fault_tolerance": {"retry": {"base_delay_ms": 1}}}
+    async with upstream() as one, gateway(a=one.settings(None), sections=sections) as (_, client):
+        one.play = lambda received: plays.pop(0)
+        answer = await ask(client, body(60))
+        assert (answer.status_code, answer.headers["x-breakwater-attempts"]) == (200, "3")
+        assert one.bodies[1] == one.bodies[2]
+        assert len(one.bodies[1]) < len(one.bodies[0])
