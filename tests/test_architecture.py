@@ -23,15 +23,12 @@ LAYOUT = Layout(
         (1, "proxy.observability.shapes proxy.observability.known proxy.observability.unescape"),
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
         (1, "proxy.store.ownership proxy.store.summaries"),  # ports of their own
-        (1, "proxy.context.atoms proxy.context.trim proxy.context.digest proxy.context.transcript"),
+        (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite proxy.context.limits"),
+        (1, "proxy.context.digest proxy.context.transcript proxy.context.learned proxy.context.answers"),
         (1, "proxy.store.address"),  # where the store lives, which the configuration checks
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
-        (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite"),
         (1, "proxy.fault_tolerance.backoff proxy.fault_tolerance.evidence proxy.fault_tolerance.breaker"),
         (1, "proxy.fault_tolerance.fleet proxy.fault_tolerance.retry proxy.fault_tolerance.sharing"),
-        (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite proxy.context.limits"),
-        (1, "proxy.context.learned"),
-        (1, "proxy.context.answers"),
         (1, "proxy.observability.context_events"),
         (1, "proxy.fault_tolerance.verdict proxy.fault_tolerance.permits"),
         (2, "proxy.store proxy.budget proxy.fault_tolerance proxy.context"),
