@@ -1,7 +1,7 @@
 """What of a request each of its targets gets. The shell: where the time goes and who is told.
 
-Whatever is decided here is decided by the array that the client sent: `limits` how much may stay, `atoms` what belongs
-together, `trim` where the cut is, `rewrite` the bytes. So the same conversation is cut at the same place by every
+What is decided is decided by the array that the client sent alone, in `fitting`: `limits` says how much may stay, `atoms`
+what belongs together, `trim` where the cut is, `rewrite` the bytes. So the same conversation is cut at the same place by every
 process and for every turn, until it reaches the limit again.
 
 Nearly every request is far below any limit: then the size of its prompt in bytes proves that it fits, and nothing is
@@ -14,25 +14,20 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
-from typing import Final, NamedTuple, TypeVar
-
-import msgspec
+from typing import Final, TypeVar
 
 from proxy.context import answers
-from proxy.context.atoms import Atom, Untrimmable, atoms_of
 from proxy.context.base import Complete, Sent, View, Whole
-from proxy.context.digest import NOTE_TOKENS, SummaryFailed, note
+from proxy.context.digest import SummaryFailed, note
+from proxy.context.fitting import Fit, fitted, shortened, total
 from proxy.context.learned import Learned
 from proxy.context.limits import corrected, limit_of
-from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, rewritten
 from proxy.context.settings import ContextSettings
 from proxy.context.summary import Summaries
-from proxy.context.trim import Cut, trim
-from proxy.errors import ContextExceeded
+from proxy.context.trim import Cut
 from proxy.observability.context_events import ContextTrimmed
 from proxy.observability.events import Notice
-from proxy.tokens.bound import most_of, most_with
+from proxy.tokens.bound import most_of
 from proxy.tokens.count import Counter
 from proxy.tokens.encodings import encoding_of
 from proxy.tokens.recall import Measured
@@ -43,19 +38,6 @@ _INLINE_MESSAGES: Final = 2048
 """Up to both of these a conversation is taken apart, and put together again, on the loop: some milliseconds."""
 
 _T = TypeVar("_T")
-
-
-class _Fit(NamedTuple):
-    """What came of one target."""
-
-    sent: Sent
-    limit: int | None
-    measured: Measured | None = None
-    atoms: Sequence[Atom] = ()
-    cut: Cut | None = None
-    refused: ContextExceeded | None = None
-    untouched: str = ""
-    """Why nothing is removed although it is too long, or nobody knows how long it is."""
 
 
 class Context:
@@ -146,10 +128,10 @@ class RequestView:
         self._record = record
         self._choices = choices
         self._deadline = deadline
-        self._said: _Fit | None = None
+        self._said: Fit | None = None
         """The last one that there was an event of."""
         self._refitted: set[Target] | None = None
-        self._fits: dict[Target, _Fit] = {}
+        self._fits: dict[Target, Fit] = {}
         self.needed = False
         known = [limit for target in targets if (limit := self._limit(target)) is not None]
         if not known:
@@ -198,7 +180,7 @@ class RequestView:
             return None
         measured = await self._measure(target)
         before = self._fits.get(target)
-        sent = before.cut.after if before is not None and before.cut is not None else _total(measured)
+        sent = before.cut.after if before is not None and before.cut is not None else total(measured)
         least = corrected(sent, refusal, self._output)
         texts = 0 if measured.media.tokens else sent
         learned.refused(self._tenant, target, known, refusal, sent=texts, room=least, output=self._output)
@@ -214,7 +196,7 @@ class RequestView:
 
     # -- one target --------------------------------------------------------------------------------------------------
 
-    async def _fit(self, target: Target) -> _Fit:
+    async def _fit(self, target: Target) -> Fit:
         fit = self._fits.get(target)
         if fit is None:
             fit = self._fits[target] = await self._make(target, self._limit(target))
@@ -224,61 +206,17 @@ class RequestView:
         ask = self._ask
         return await self._context.counter.measure(ask.dialect, ask.fields, encoding_of(target.model), target.model)
 
-    async def _make(self, target: Target, limit: int | None) -> _Fit:
+    async def _make(self, target: Target, limit: int | None) -> Fit:
         ask = self._ask
         most = None if limit is None else most_of(ask.dialect, ask.fields, limit)
         if limit is None or most is not None:
-            return _Fit(Sent(ask, 0, most or 0), limit)
-        measured = await self._measure(target)
-        total = _total(measured)
-        whole = Sent(ask, measured.total, max(most_with(ask.dialect, ask.fields, measured.media), measured.total))
-        if total <= limit:
-            return _Fit(whole, limit, measured)
-        try:
-            atoms, cut = await self._context.run(ask, measured, lambda: self._cut(measured, limit))
-        except Untrimmable as error:
-            refused = self._refusal(answers.cannot_shorten(ask, limit, total, error))
-            return _Fit(whole, limit, measured, refused=refused, untouched=error.reason)
-        acts = self._settings.mode == "enforce"
-        if not cut.fits and (self._settings.preflight_check or not acts):
-            refused = self._refusal(answers.cannot_fit(ask, limit, cut))
-            return _Fit(whole, limit, measured, refused=refused, untouched="cannot_fit")
-        if not (cut.stages or cut.masked):
-            return _Fit(whole, limit, measured)
-        sent = whole
-        if acts:
-            note = marker(cut, measured.each, atoms) if cut.stages else None
-            sent = await self._context.run(ask, measured, lambda: self._sent(measured, atoms, cut, note))
-        return _Fit(sent, limit, measured, atoms, cut)
-
-    def _cut(self, measured: Measured, limit: int) -> tuple[Sequence[Atom], Cut]:
-        """Raises Untrimmable."""
-        dialect, settings, raws, each = self._ask.dialect, self._settings, measured.raws, measured.each
-        if (dialect != "chat" and dialect != "responses") or not raws:
-            raise Untrimmable("one_text" if measured.exact else "too_many_messages")
-        atoms = atoms_of(dialect, raws)
-        savings = mask_savings(dialect, raws, atoms, each) if settings.mask_tool_outputs else None
-        low = int(limit * settings.trim_to)
-        reserve = NOTE_TOKENS if settings.trim_strategy == "summary" else MARKER_TOKENS
-        cut = trim(atoms, each, fixed=measured.fixed, high=limit, low=low, reserve=reserve, masks=savings)
-        return atoms, cut
-
-    def _refusal(self, error: ContextExceeded) -> ContextExceeded | None:
-        settings = self._settings
-        return error if settings.mode == "enforce" and settings.preflight_check else None
-
-    def _sent(self, measured: Measured, atoms: Sequence[Atom], cut: Cut, note: str | None) -> Sent:
-        ask, dialect = self._ask, self._ask.dialect
-        assert dialect == "chat" or dialect == "responses"
-        array = rewritten(dialect, measured.raws, atoms, cut, note, measured.each)
-        fields = {**ask.fields, answers.ARRAYS[dialect]: msgspec.Raw(array)}
-        edited = replace(ask, fields=fields, edited=True)
-        tokens = cut.after + measured.media.guessed
-        return Sent(edited, tokens, max(most_with(dialect, fields, measured.media), tokens))
+            return Fit(Sent(ask, 0, most or 0), limit)
+        measured, settings = await self._measure(target), self._settings
+        return await self._context.run(ask, measured, lambda: fitted(ask, settings, limit, measured))
 
     # -- what is said of it ------------------------------------------------------------------------------------------
 
-    async def _told(self, target: Target, fit: _Fit) -> Ask:
+    async def _told(self, target: Target, fit: Fit) -> Ask:
         """Tells the headers, the log and the metrics, and gives what is sent: with a summary, if there is one."""
         record, settings, cut = self._record, self._settings, fit.cut
         sent, failed = fit.sent, ""
@@ -293,7 +231,7 @@ class RequestView:
             if fit.measured is None:
                 tokens, method = sent.most, "bound"
             else:
-                tokens, method = cut.after if cut is not None and acts else _total(fit.measured), "counted"
+                tokens, method = cut.after if cut is not None and acts else total(fit.measured), "counted"
             record.context_tokens = answers.tokens_header(tokens, fit.limit, method)
         if cut is None:
             if fit.measured is not None:
@@ -313,7 +251,7 @@ class RequestView:
         )  # fmt: skip
         return sent.ask
 
-    async def _summarised(self, fit: _Fit, cut: Cut) -> tuple[str, str, Sent]:
+    async def _summarised(self, fit: Fit, cut: Cut) -> tuple[str, str, Sent]:
         """Strategy, reason why not, and what is sent."""
         model = self._settings.summary_model or ""
         summaries, measured, complete = self._context.summaries.get(model), fit.measured, self.complete
@@ -333,8 +271,4 @@ class RequestView:
             if not self._record.attempts:  # else it is within the time since the last one
                 self._record.elsewhere += now() - begun
         text = note(found.text, model, atoms, each, cut)
-        return "summary", "", await self._context.run(ask, measured, lambda: self._sent(measured, atoms, cut, text))
-
-
-def _total(measured: Measured) -> int:
-    return measured.fixed + sum(measured.each)
+        return "summary", "", await self._context.run(ask, measured, lambda: shortened(ask, measured, atoms, cut, text))
