@@ -1,8 +1,8 @@
 """What of a request each of its targets gets. The shell: where the time goes and who is told.
 
 What is decided is decided in `fitting`, by the array that the client sent and nothing else: `limits` says how much may
-stay, `atoms` what belongs together, `trim` where the cut is, `rewrite` the bytes. So the same conversation is cut at the
-same place by every process and for every turn, until it reaches the limit again.
+stay, `atoms` what belongs together, `trim` where the cut is, `rewrite` the bytes. So the same conversation is cut at
+the same place by every process and for every turn, until it reaches the limit again.
 
 Nearly every request is far below any limit: then the size of its prompt in bytes proves that it fits, and nothing is
 counted.
