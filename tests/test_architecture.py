@@ -24,7 +24,8 @@ LAYOUT = Layout(
         (1, "proxy.budget.clocks proxy.budget.windows proxy.budget.pricing proxy.budget.estimate proxy.budget.cut"),
         (1, "proxy.store.ownership proxy.store.summaries"),  # ports of their own
         (1, "proxy.context.atoms proxy.context.trim proxy.context.rewrite proxy.context.limits"),
-        (1, "proxy.context.digest proxy.context.transcript proxy.context.learned proxy.context.answers"),
+        (1, "proxy.context.heads proxy.context.answers proxy.context.learned"),
+        (1, "proxy.context.digest proxy.context.transcript"),
         (1, "proxy.store.address"),  # where the store lives, which the configuration checks
         (1, "proxy.tokens proxy.validation proxy.routing"),  # policies: they decide and never wait
         (1, "proxy.fault_tolerance.backoff proxy.fault_tolerance.evidence proxy.fault_tolerance.breaker"),

@@ -1,24 +1,50 @@
-"""What one target gets of a conversation that has been counted. Pure: the decision of this layer, in one place."""
+"""What one target gets of a conversation that has been counted. The decision of this layer, in one place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from proxy.context import answers
-from proxy.context.atoms import Atom, Untrimmable, atoms_of
+from proxy.context.atoms import Atom, Untrimmable, grouped
 from proxy.context.base import Sent
 from proxy.context.digest import NOTE_TOKENS
+from proxy.context.heads import Dialect, Head, Raw, head_of
 from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, rewritten
 from proxy.context.settings import ContextSettings
 from proxy.context.trim import Cut, trim
 from proxy.errors import ContextExceeded
 from proxy.tokens.bound import most_with
+from proxy.tokens.memo import Memo
 from proxy.tokens.recall import Measured
 from proxy.types import Ask
+
+KEPT: Final = 32_768
+"""Heads that are remembered, of each dialect; about 250 bytes each."""
+
+
+class Heads:
+    """Remembers heads. Threads may share it."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, entries: int = KEPT) -> None:
+        self._kept: dict[Dialect, Memo[Head]] = {"chat": Memo(entries), "responses": Memo(entries)}
+
+    def of(self, dialect: Dialect, raws: Sequence[Raw], keys: Sequence[bytes]) -> list[Head]:
+        """The heads of some messages. `keys` name them by their bytes: no two messages share one."""
+        memo = self._kept[dialect]
+        found = memo.get_all(keys)
+        heads = []
+        for at, head in enumerate(found):
+            if head is None:
+                head = head_of(dialect, raws[at])
+                memo.put(keys[at], head)
+            heads.append(head)
+        return heads
 
 
 class Fit(NamedTuple):
@@ -40,7 +66,7 @@ def total(measured: Measured) -> int:
     return measured.fixed + sum(measured.each)
 
 
-def fitted(ask: Ask, settings: ContextSettings, limit: int, measured: Measured) -> Fit:
+def fitted(ask: Ask, settings: ContextSettings, limit: int, measured: Measured, known: Heads) -> Fit:
     """Everything, or what is left after a cut, or a refusal. Takes milliseconds where a cut is needed."""
     tokens = total(measured)
     whole = Sent(ask, measured.total, max(most_with(ask.dialect, ask.fields, measured.media), measured.total))
@@ -49,7 +75,7 @@ def fitted(ask: Ask, settings: ContextSettings, limit: int, measured: Measured) 
     acts = settings.mode == "enforce"
     checked = acts and settings.preflight_check
     try:
-        atoms, cut = _cut(ask, settings, limit, measured)
+        atoms, cut = _cut(ask, settings, limit, measured, known)
     except Untrimmable as why:
         refused = answers.cannot_shorten(ask, limit, tokens, why) if checked else None
         return Fit(whole, limit, measured, refused=refused, untouched=why.reason)
@@ -63,12 +89,14 @@ def fitted(ask: Ask, settings: ContextSettings, limit: int, measured: Measured) 
     return Fit(sent, limit, measured, atoms, cut)
 
 
-def _cut(ask: Ask, settings: ContextSettings, limit: int, measured: Measured) -> tuple[Sequence[Atom], Cut]:
+def _cut(
+    ask: Ask, settings: ContextSettings, limit: int, measured: Measured, known: Heads
+) -> tuple[Sequence[Atom], Cut]:
     """Raises Untrimmable."""
     dialect, raws, each = ask.dialect, measured.raws, measured.each
     if (dialect != "chat" and dialect != "responses") or not raws:
         raise Untrimmable("one_text" if measured.exact else "too_many_messages")
-    atoms = atoms_of(dialect, raws)
+    atoms = grouped(known.of(dialect, raws, measured.keys))
     savings = mask_savings(dialect, raws, atoms, each) if settings.mask_tool_outputs else None
     low = int(limit * settings.trim_to)
     reserve = NOTE_TOKENS if settings.trim_strategy == "summary" else MARKER_TOKENS

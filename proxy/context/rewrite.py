@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from proxy.context.atoms import Atom, Dialect, Raw, leading
+from proxy.context.atoms import Atom, leading
+from proxy.context.heads import Dialect, Raw
 from proxy.context.trim import Cut
 
 MARKER_TOKENS: Final = 41

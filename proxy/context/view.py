@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 from proxy.context import answers
 from proxy.context.base import Complete, Sent, View, Whole
 from proxy.context.digest import SummaryFailed, note
-from proxy.context.fitting import Fit, fitted, shortened, total
+from proxy.context.fitting import Fit, Heads, fitted, shortened, total
 from proxy.context.learned import Learned
 from proxy.context.limits import corrected, limit_of
 from proxy.context.settings import ContextSettings
@@ -67,6 +67,7 @@ class Context:
         self._tokens_per_minute = tokens_per_minute
         self._executor = executor
         self.learned = Learned(clock)
+        self.heads = Heads()
 
     def view(
         self,
@@ -211,8 +212,8 @@ class RequestView:
         most = None if limit is None else most_of(ask.dialect, ask.fields, limit)
         if limit is None or most is not None:
             return Fit(Sent(ask, 0, most or 0), limit)
-        measured, settings = await self._measure(target), self._settings
-        return await self._context.run(ask, measured, lambda: fitted(ask, settings, limit, measured))
+        measured, settings, heads = await self._measure(target), self._settings, self._context.heads
+        return await self._context.run(ask, measured, lambda: fitted(ask, settings, limit, measured, heads))
 
     # -- what is said of it ------------------------------------------------------------------------------------------
 

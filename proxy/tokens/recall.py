@@ -43,6 +43,8 @@ class Measured(msgspec.Struct, frozen=True, gc=False):
     """What of the prompt is media: their tokens, which are in the counts, and their bytes."""
     total: int
     """What a provider may bill for: as `fixed + sum(each)`, of several prompts all, of media the most."""
+    keys: Sequence[bytes]
+    """Of each message: its SHA-256, and a little more. Equal only for equal bytes."""
 
 
 @dataclass(slots=True)
@@ -125,7 +127,7 @@ class Recall:
         exact = not tally.guesses
         found = media.total(draft.media) if draft.media else media.NONE
         most = draft.total + tokens + found.guessed
-        return Measured(draft.fixed, draft.each, draft.prompt.messages, exact, found, most)
+        return Measured(draft.fixed, draft.each, draft.prompt.messages, exact, found, most, draft.keys)
 
     def _known(self, key: bytes, family: str) -> tuple[int, Media] | None:
         tokens = self._tokens.get(key)
@@ -176,4 +178,4 @@ def _scaled(draft: Draft) -> Measured:
         media.media_in(walks.decoded(raw), draft.family) for raw in prompt.messages if media.marked(bytes(raw))
     )
     most = draft.fixed + texts + found.tokens
-    return Measured(most - found.guessed, [], [], False, found, most)
+    return Measured(most - found.guessed, [], [], False, found, most, ())

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from hypothesis import strategies as st
 
-from proxy.context.atoms import Dialect
+from proxy.context.heads import Dialect
 from tests.context.judged import Message, tokens
 
 TEXTS: Final = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from proxy.context.atoms import Dialect
+from proxy.context.heads import Dialect
 from proxy.tokens import walks
 
 Message = dict[str, Any]

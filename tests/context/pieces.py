@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from proxy.context.atoms import Atom, Dialect, Untrimmable, atoms_of
+from proxy.context.atoms import Atom, Untrimmable, atoms_of
+from proxy.context.heads import Dialect
 
 SYSTEM = {"role": "system", "content": "s"}
 USER = {"role": "user", "content": "u"}

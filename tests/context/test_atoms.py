@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy.context.atoms import Atom, Dialect, atoms_of
+from proxy.context.atoms import Atom, atoms_of
+from proxy.context.heads import Dialect
 from tests.context.pieces import SAYS, SPOKE, SYSTEM, THINKS, USER, atoms, call, calls, output, refusal, result, spans
 
 # -- chat ------------------------------------------------------------------------------------------------------------

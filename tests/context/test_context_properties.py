@@ -14,7 +14,8 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from proxy.context.atoms import Atom, Dialect, atoms_of
+from proxy.context.atoms import Atom, atoms_of
+from proxy.context.heads import Dialect
 from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, placeholder, rewritten
 from proxy.context.trim import Cut, trim
 from tests.context.conversations import Case, cases

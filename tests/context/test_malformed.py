@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from proxy.context.atoms import Atom, Dialect, Untrimmable, atoms_of
+from proxy.context.atoms import Atom, Untrimmable, atoms_of
+from proxy.context.heads import Dialect
 from proxy.context.rewrite import MARKER_TOKENS, marker, mask_savings, rewritten
 from proxy.context.trim import trim
 from tests.context.conversations import written

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from proxy.context.atoms import Dialect, Untrimmable, atoms_of
+from proxy.context.atoms import Untrimmable, atoms_of
+from proxy.context.heads import Dialect
 from tests.context.pieces import SAYS, USER, calls, refusal, result
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.context.atoms import Atom, Dialect, atoms_of
+from proxy.context.atoms import Atom, atoms_of
+from proxy.context.heads import Dialect
 from proxy.context.rewrite import MARKER_TOKENS, MASKED_TOKENS, marker, mask_savings, placeholder, removal, rewritten
 from proxy.context.trim import Cut
 from proxy.tokens import walks
