@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -37,8 +36,7 @@ _list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-@dataclass(slots=True)
-class Want:
+class Want(msgspec.Struct):
     """What a request asks for, as far as its price goes. Token counts are those of the input, media included."""
 
     ask: Ask

@@ -14,10 +14,10 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from proxy.context import answers
 from proxy.context.atoms import Atom, Untrimmable, atoms_of
