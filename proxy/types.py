@@ -48,6 +48,8 @@ class Call(msgspec.Struct):
     """Peer address, without the port; empty for a unix socket."""
     timeout_ms: bytes | None = None
     """The header `x-breakwater-timeout-ms`, as sent."""
+    tags: bytes | None = None
+    """The header `x-breakwater-tags`, as sent."""
 
     def header(self, name: bytes) -> bytes | None:
         """First value of a header (lower-case name), or None."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from secrets import token_hex
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+import msgspec
 
 from proxy.budget.amounts import MAX_AMOUNT, Amounts, Bounds, Row
 from proxy.budget.policy import Policy
@@ -23,7 +25,7 @@ MOST: Final = 256
 """Attempts that are booked together."""
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, frozen=True, gc=False):
     line: Line
     learn: int
     """Choices of a complete reply whose length is worth remembering; 0: it is not."""

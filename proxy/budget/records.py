@@ -25,7 +25,9 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from operator import add
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from proxy.budget.amounts import MAX_AMOUNT
 from proxy.money import usd_text
@@ -44,7 +46,7 @@ Dimensions = tuple[str, str, str, str, str, str]
 """As `store.base.DIMENSIONS`."""
 
 
-class Line(NamedTuple):
+class Line(msgspec.Struct, frozen=True, gc=False):
     """One attempt."""
 
     reservation: str

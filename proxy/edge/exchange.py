@@ -71,6 +71,7 @@ class Exchange:
         "_scope",
         "_service",
         "_started",
+        "_tags",
         "_task",
         "_timeout_ms",
         "_traceparent",
@@ -86,6 +87,7 @@ class Exchange:
         self._request_id = request_id(headers.get(b"x-request-id"), service.random)
         self._traceparent = traceparent(headers.get(b"traceparent"), service.random)
         self._timeout_ms = headers.get(b"x-breakwater-timeout-ms")
+        self._tags = headers.get(b"x-breakwater-tags")
         self._started = service.clock()
         self._answer = Answer(
             send,
@@ -197,6 +199,7 @@ class Exchange:
             self._traceparent,
             scope["client"][0] if scope["client"] else "",
             self._timeout_ms,
+            self._tags,
         )
 
     async def _read(self) -> bytes:
