@@ -174,14 +174,17 @@ class RequestView:
         self._refitted: set[Target] | None = None
         self._fits: dict[Target, _Fit] = {}
         self.needed = False
-        known = [limit for target in targets if (limit := self._limit(target)) is not None]
-        if not known:
+        least: int | None = None
+        for target in targets:
+            limit = self._limit(target)
+            if limit is not None and (least is None or limit < least):
+                least = limit
+        if least is None:
             return
         elsewhere = answers.kept_elsewhere(ask)
         if elsewhere:
             record.context_trimmed = answers.untrimmed_header(elsewhere)
             return
-        least = min(known)
         most = most_of(ask.dialect, ask.fields, least)
         if most is None:
             self.needed = True
