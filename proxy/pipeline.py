@@ -124,5 +124,7 @@ class Pipeline:
                     await claims.see(event)
                 await out.write(event)
                 return
+            if event.last:
+                return
         if not started:
             await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)

@@ -160,6 +160,8 @@ class Event(msgspec.Struct, gc=False):
     usage: Usage | None = None
     terminator: int = 0
     """Bytes at the end of `data` that are the stream's terminator; 0 while it goes on."""
+    last: bool = False
+    """Nothing comes after it: there is no need to ask for more."""
 
 
 class TooLong(NamedTuple):

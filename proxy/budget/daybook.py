@@ -119,5 +119,6 @@ def sums(lines: Iterable[Line]) -> tuple[int, int, int]:
 
 
 def _size(line: Line, window: str) -> int:
-    requests, tokens, nano_usd = sums((line,))
-    return requests if window.startswith("requests") else tokens if window.startswith("tokens") else nano_usd
+    if window.startswith("tokens"):
+        return line.usage.input + line.usage.output
+    return int(line.attempt == 1) if window.startswith("requests") else line.nano_usd or 0

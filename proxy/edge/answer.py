@@ -117,12 +117,16 @@ class Answer:
         if stream:
             self._streaming = True
             headers = _STREAM_HEADERS + [header for header in headers if header[0] != b"content-type"]
-        await self._commit(status, headers, length)
+        head = self._commit(status, headers, length)
+        if head is not None:
+            await self._send(head)
 
     async def write(self, event: Event) -> None:
         if self._beating is not None:
             await self._beats_done()
         data = event.data
+        if self._held is not None and self._respond(data):
+            return
         if self._late is not None:
             await self._body(self._as_error_event(data))
         elif event.terminator:
@@ -186,7 +190,7 @@ class Answer:
         self.error_code = error.code
         if not self._committed or self._held is not None:
             body = envelope(error)
-            await self._commit(error.status, [_JSON, *error.headers], len(body))
+            self._commit(error.status, [_JSON, *error.headers], len(body))
             await self._body(body)
         elif self._streaming:
             if not isinstance(error, StreamInterrupted):
@@ -204,8 +208,10 @@ class Answer:
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
-    async def _commit(self, status: int, headers: Headers, length: int | None = None, *, answered: bool = True) -> None:
-        """`answered`: it is known who answers. Before that, another provider than the one being asked still may."""
+    def _commit(self, status: int, headers: Headers, length: int | None = None, *, answered: bool = True) -> Any:
+        """Decides on the head. ASGI's message of it, to be sent; None: it is held until the body's first bytes.
+
+        `answered`: it is known who answers. Before that, another provider than the one being asked still may."""
         if not self._streaming:
             self._stop_beats()  # in any other body a comment would be garbage, however slowly the client takes it
         self._committed = True
@@ -219,8 +225,8 @@ class Answer:
             own.append((b"content-length", b"%d" % length))
         if length:
             self._held = own + headers
-        else:
-            await self._send({"type": "http.response.start", "status": status, "headers": own + headers})
+            return None
+        return {"type": "http.response.start", "status": status, "headers": own + headers}
 
     def _own_headers(self, *, answered: bool) -> Headers:
         own: Headers = [(b"x-request-id", self._request_id.encode()), (b"traceparent", self._traceparent.encode())]
@@ -247,13 +253,22 @@ class Answer:
             own.append((b"x-breakwater-warnings", _header_text("; ".join(record.warnings))))
         return own
 
+    def _respond(self, data: bytes) -> bool:
+        """Sends the held head and the whole body at once. False: that is not possible, or `data` is not all of it."""
+        if self._held is None or len(data) != self._left:
+            return False
+        if not self._connection.respond(self.status, self._held, data):
+            return False
+        self.bytes_out += len(data)
+        self.complete = True
+        return True
+
     async def _body(self, data: bytes) -> None:
+        if self._respond(data):
+            return
         self.bytes_out += len(data)
         self._last_write = self._clock()
         if self._held is not None:
-            if len(data) == self._left and self._connection.respond(self.status, self._held, data):
-                self.complete = True
-                return
             await self._send_held(self._held)
         if self._left is not None:
             self._left -= len(data)
@@ -280,7 +295,7 @@ class Answer:
         """Commits 200 if nothing was sent yet, and sends a comment. The pipeline's next write waits for its end."""
         if not self._committed:
             self._streaming = True
-            await self._commit(200, _STREAM_HEADERS, answered=False)
+            await self._send(self._commit(200, _STREAM_HEADERS, answered=False))
         await self._body(_KEEP_ALIVE)
 
     def _stop_beats(self) -> None:

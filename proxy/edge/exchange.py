@@ -150,7 +150,8 @@ class Exchange:
                     headers=[(b"retry-after", b"1")],
                 )
             await self._service.pipeline.handle(self._call(), self._read, self._answer)
-            await self._answer.end()
+            if not self._answer.complete:
+                await self._answer.end()
         except ProxyError as error:
             await self._answer.fail(error)
         except Exception as error:  # the boundary of our own faults: answered, logged whole, never the client's to see

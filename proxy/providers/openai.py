@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import random
@@ -129,9 +129,9 @@ class OpenAIProvider:
         """See `Provider.resting`."""
         return self._keys.resting(model) if self._keys.rests else None
 
-    async def open(
+    def open(
         self, ask: Ask, model: str, *, output_cap: int | None = None, deadline: float | None = None
-    ) -> Reply:
+    ) -> Coroutine[Any, Any, Reply]:
         """See `Provider.open`."""
         now = self._now()
         if deadline is not None and deadline <= now:
@@ -139,7 +139,11 @@ class OpenAIProvider:
         own = now + (self.timeouts.first_event if ask.stream else self.timeouts.total)
         deadline = own if deadline is None or own < deadline else deadline
         if not ask.stream or ask.wants_usage or ask.dialect not in _USAGE_OPTION or model in self._refuses_usage:
-            return await self._try(ask, model, deadline, output_cap, asked_usage=False)
+            return self._try(ask, model, deadline, output_cap, asked_usage=False)
+        return self._try_with_usage(ask, model, deadline, output_cap)
+
+    async def _try_with_usage(self, ask: Ask, model: str, deadline: float, output_cap: int | None) -> Reply:
+        """With a wish for usage that the client does not have; without it, where that is why a server refuses."""
         reply = await self._try(ask, model, deadline, output_cap, asked_usage=True)
         if not _names_usage_option(reply):
             return reply

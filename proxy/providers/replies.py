@@ -110,7 +110,7 @@ class PlainReply:
         self.upstream_request_id = upstream_request_id
         self.body = body
         self.meaning = meaning
-        self._event: Event | None = Event(body, usage, terminator)
+        self._event: Event | None = Event(body, usage, terminator, last=True)
 
     @property
     def events(self) -> PlainReply:
