@@ -69,8 +69,9 @@ class Admission:
         """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
         if not policy.enforces:
             return []
-        found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
-        return answers.rate_limit_headers(((scope, row) for scope, row in found if row is not None), refused)
+        seen = self.access.watch.row
+        rows = [(scope, row) for scope in policy.own if scope.enforced and (row := seen(scope)) is not None]
+        return answers.rate_limit_headers(rows, refused)
 
     async def take(self, charge: Charge, target: Target) -> Plan:
         """Covers an attempt at `target`, beside all that went before. Raises what `Charge.cover` raises."""

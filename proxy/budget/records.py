@@ -99,9 +99,12 @@ def _counts(line: Line) -> tuple[int, ...]:
 def entry_of(line: Line) -> Entry:
     usage, target = line.usage, line.target
     nano = line.nano_usd or 0
+    counts = _counts(line)
+    if max(counts) > MAX_AMOUNT:
+        counts = tuple(min(count, MAX_AMOUNT) for count in counts)
     return Entry(
         _dimensions(line),
-        Tally(*[min(count, MAX_AMOUNT) for count in _counts(line)]),
+        Tally(*counts),
         (
             "id", line.reservation,
             "at", str(line.at),

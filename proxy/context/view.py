@@ -151,7 +151,7 @@ class RequestView:
     """See `View`. One task uses it."""
 
     __slots__ = ("_ask", "_context", "_fits", "_limits", "_output", "_record", "_refitted", "_settings", "_tenant",
-                 "complete", "needed")  # fmt: skip
+                 "complete", "most", "needed")  # fmt: skip
 
     def __init__(
         self,
@@ -174,6 +174,7 @@ class RequestView:
         self._refitted: set[Target] | None = None
         self._fits: dict[Target, _Fit] = {}
         self.needed = False
+        self.most: int | None = None
         least: int | None = None
         for target in targets:
             limit = self._limit(target)
@@ -185,7 +186,7 @@ class RequestView:
         if elsewhere:
             record.context_trimmed = answers.untrimmed_header(elsewhere)
             return
-        most = most_of(ask.dialect, ask.fields, least)
+        self.most = most = most_of(ask.dialect, ask.fields, least)
         if most is None:
             self.needed = True
         else:
