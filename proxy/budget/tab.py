@@ -196,9 +196,10 @@ class Tab:
             attempt.usage = usage
             self._tell(attempt, usage)
             return False
-        if self.want.ask.dialect != "passthrough":
-            if attempt.meter is None:
-                attempt.meter = Meter()
+        if attempt.meter is not None:
+            attempt.meter.see(event.data)
+        elif self.want.ask.dialect != "passthrough":
+            attempt.meter = Meter()
             attempt.meter.see(event.data)
         if not self.want.ask.stream:
             self._record.costs = attempt.status < 300

@@ -219,18 +219,21 @@ class Exchange:
 
     async def _read(self) -> bytes:
         """The whole body. Raises RequestTooLarge."""
-        message = await self._receive()
-        body: bytes = message.get("body", b"")
-        if message.get("more_body"):
-            pieces = [body]
-            while message.get("more_body"):
-                message = await self._receive()
-                pieces.append(message.get("body", b""))
-            body = b"".join(pieces)
+        body: bytes | None = self._connection.take()
+        if body is None:
+            body = await self._receive_all()
         self._bytes_in = len(body)
         if len(body) > self._service.max_body_bytes:
             raise RequestTooLarge(f"The body is larger than {self._service.max_body_bytes} bytes.")
         return body
+
+    async def _receive_all(self) -> bytes:
+        message = await self._receive()
+        pieces = [message.get("body", b"")]
+        while message.get("more_body"):
+            message = await self._receive()
+            pieces.append(message.get("body", b""))
+        return b"".join(pieces)
 
     # --- the one event ----------------------------------------------------------------------------------------------
 

@@ -59,7 +59,13 @@ class Http1Response:
         while not self.status:
             if self._error is not None:
                 raise self._error
-            await self._wait(deadline)
+            try:
+                await self._news(deadline)
+            except asyncio.CancelledError:
+                self._give_up()  # nobody reads on: the slot is free now, whatever the caller does next
+                raise
+            finally:
+                self._waiter = None
 
     async def read(self, deadline: float) -> bytes:
         pieces = self.pieces
@@ -68,7 +74,13 @@ class Http1Response:
                 raise self._error
             if self._complete:
                 return b""
-            await self._wait(deadline)
+            try:
+                await self._news(deadline)
+            except asyncio.CancelledError:
+                self._give_up()
+                raise
+            finally:
+                self._waiter = None
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         if self._exchange is not None:
@@ -95,17 +107,12 @@ class Http1Response:
         self._error = error
         self.wake()
 
-    async def _wait(self, deadline: float) -> None:
+    def _news(self, deadline: float) -> asyncio.Future[None]:
+        """What a reader waits for. (Each piece of a stream passes here: a coroutine of its own would cost too much.)"""
         exchange = self._exchange
         assert exchange is not None, "a response that is not finished has its connection"
-        self._waiter = exchange.waiter(deadline)
-        try:
-            await self._waiter
-        except asyncio.CancelledError:
-            self._give_up()  # nobody reads on: the slot is free now, whatever the caller does next
-            raise
-        finally:
-            self._waiter = None
+        waiter = self._waiter = exchange.waiter(deadline)
+        return waiter
 
     def _give_up(self) -> None:
         if self._exchange is not None:
