@@ -116,7 +116,8 @@ class Pipeline:
                 await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
             if claims is not None:
                 await claims.see(event)
-            await out.write(event)
+            if not out.push(event):
+                await out.write(event)
             if outgrown and not await charge.grow():
                 last = ending(charge.want.ask.dialect, charge.head, charge.want.returned)
                 event = Event(last, terminator=len(last))

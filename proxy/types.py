@@ -247,6 +247,9 @@ class Out(Protocol):
     async def start(self, status: int, headers: Headers, *, stream: bool = False, length: int | None = None) -> None:
         """Status and headers. For a stream that a keep-alive has committed already, only checked."""
 
+    def push(self, event: Event) -> bool:
+        """`write`, where nothing stands in the way. False: nothing was written, and `write` is what is left."""
+
     async def write(self, event: Event) -> None:
         """One event's bytes; waits while the client's buffer is full."""
 

@@ -121,12 +121,22 @@ class Answer:
         if head is not None:
             await self._send(head)
 
+    def push(self, event: Event) -> bool:
+        if self._beating is not None or self._late is not None:
+            return False
+        data = event.data
+        if self._held is not None:
+            return self._respond(data)
+        if event.terminator or self._left is not None or not self._connection.push(data):
+            return False
+        self.bytes_out += len(data)
+        self._last_write = self._clock()
+        return True
+
     async def write(self, event: Event) -> None:
         if self._beating is not None:
             await self._beats_done()
         data = event.data
-        if self._held is not None and self._respond(data):
-            return
         if self._late is not None:
             await self._body(self._as_error_event(data))
         elif event.terminator:

@@ -59,8 +59,11 @@ class Http1Response:
         while not self.status:
             if self._error is not None:
                 raise self._error
+            exchange = self._exchange
+            assert exchange is not None, "a response that is not finished has its connection"
+            waiter = self._waiter = exchange.waiter(deadline)
             try:
-                await self._news(deadline)
+                await waiter
             except asyncio.CancelledError:
                 self._give_up()  # nobody reads on: the slot is free now, whatever the caller does next
                 raise
@@ -74,8 +77,11 @@ class Http1Response:
                 raise self._error
             if self._complete:
                 return b""
-            try:
-                await self._news(deadline)
+            exchange = self._exchange
+            assert exchange is not None, "a response that is not finished has its connection"
+            waiter = self._waiter = exchange.waiter(deadline)
+            try:  # not in a coroutine of its own: each chunk of a stream passes here
+                await waiter
             except asyncio.CancelledError:
                 self._give_up()
                 raise
@@ -106,13 +112,6 @@ class Http1Response:
         self._complete = error is None
         self._error = error
         self.wake()
-
-    def _news(self, deadline: float) -> asyncio.Future[None]:
-        """What a reader waits for. (Each piece of a stream passes here: a coroutine of its own would cost too much.)"""
-        exchange = self._exchange
-        assert exchange is not None, "a response that is not finished has its connection"
-        waiter = self._waiter = exchange.waiter(deadline)
-        return waiter
 
     def _give_up(self) -> None:
         if self._exchange is not None:
