@@ -303,13 +303,11 @@ class Tab:
             spent.usage = record.usage = usage if spent.usage is None else added(spent.usage, usage)
         record.nano_usd = None if spent.unpriced else spent.before_nano_usd + spent.nano_usd
         record.unpriced = spent.unpriced
-        self._book(attempt, self._line(attempt, usage), complete and not usage.estimated and want.generates)
-
-    def _line(self, attempt: Attempt, usage: Usage) -> Line:
-        return Line(
-            self._spent.id, self._budget.wall_ms(), self.request_id, self.policy.tenant, self._key,
-            attempt.plan.target, self.want.tags, usage, attempt.nano_usd, attempt.status, attempt.number,
+        line = Line(
+            spent.id, self._budget.wall_ms(), self.request_id, self.policy.tenant, self._key,
+            attempt.plan.target, want.tags, usage, nano, attempt.status, attempt.number,
         )  # fmt: skip
+        self._book(attempt, line, complete and not usage.estimated and want.generates)
 
     def _book(self, attempt: Attempt, line: Line, learn: bool) -> None:
         self._budget.daybook.add(self.policy, line, self.want.choices if learn else 0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -244,7 +245,7 @@ class Answer:
         if record.attempts and answered:
             own.append((b"x-breakwater-provider", record.provider.encode()))
             if record.upstream_model:
-                own.append((b"x-breakwater-model", _header_text(record.upstream_model)))
+                own.append((b"x-breakwater-model", _header_name(record.upstream_model)))
             own.append((b"x-breakwater-attempts", b"%d" % record.attempts))
         if record.upstream_request_id:
             own.append((b"x-breakwater-upstream-request-id", _header_text(record.upstream_request_id)))
@@ -327,3 +328,7 @@ def _header_text(text: str) -> bytes:
     if len(text) <= 256 and text.isascii() and text.isprintable():
         return text.encode()
     return "".join(c if " " <= c <= "~" else "?" for c in text[:256]).encode()
+
+
+_header_name: Final = lru_cache(1024)(_header_text)
+"""Of texts that come again and again."""

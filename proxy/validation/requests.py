@@ -261,7 +261,7 @@ def _refuse_duplicates(body: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
     """
     length = 1 + 4 * len(fields) if fields else 2
     for key, value in fields.items():
-        length += len(key) + len(memoryview(value))
+        length += len(key) + len(value)
     if length == len(body):
         return
     seen: set[str] = set()
