@@ -6,8 +6,9 @@ They go the way of any other call, through routing, budget and failover, but are
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from proxy.budget.plan import want_of
 from proxy.budget.tab import Tab

@@ -82,7 +82,7 @@ class Pipeline:
         if ask.stream:
             record.stream = True
             out.expect_stream()
-        want = want_of(ask, tags_in(call.header(b"x-breakwater-tags")))
+        want = want_of(ask, "" if call.tags is None else tags_in(call.tags))
         want.deadline = bounds.deadline
         want.view = view = self.context.view(
             ask, targets, tenant, want.asked, record, choices=want.choices, deadline=bounds.deadline
@@ -95,7 +95,8 @@ class Pipeline:
                 view.complete = partial(self.children.complete, call, tenant, charge, bounds)
             opening = self.failover.open(ask, targets, charge, record, bounds, view)
             async with opening as reply:  # 429, 503, 504
-                await self._push(reply, charge, out, self.owners.claims(ask, tenant, opening.target, reply))
+                claims = None if ask.objects is None else self.owners.claims(ask, tenant, opening.target, reply)
+                await self._push(reply, charge, out, claims)
 
     def _groups(self, ask: Ask, tenant: Tenant, home: Owner | None) -> Groups:
         if ask.model and (ask.dialect != "passthrough" or ask.fields):
@@ -117,13 +118,16 @@ class Pipeline:
                 await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)
             if claims is not None:
                 await claims.see(event)
-            await out.write(event)
+            if not out.push(event):
+                await out.write(event)
             if outgrown and not await charge.grow():
                 last = ending(charge.want.ask.dialect, charge.head, charge.want.returned)
                 event = Event(last, terminator=len(last))
                 if claims is not None:
                     await claims.see(event)
                 await out.write(event)
+                return
+            if event.last:
                 return
         if not started:
             await out.start(reply.status, reply.headers, stream=reply.stream, length=reply.length)

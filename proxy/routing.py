@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from proxy.errors import NotFound
 from proxy.globs import compiled, matches
 from proxy.types import OTHER, Groups, Target, Tenant
+
+MATCHED: Final = 4096
+"""Names that are remembered; clients choose them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class Routing:
         globs = [route for route in self.routes if "*" in route.name]
         self._globs = [(compiled(route.name), route) for route in sorted(globs, key=lambda r: -len(r.name))]
         self._groups = {name: _groups(route, "", name) for name, route in self._exact.items()}
+        self._matched: dict[str, Groups] = {}
+        """Names that a glob has matched lately."""
 
     def targets(self, model: str, tenant: Tenant) -> Groups:
         """Where `model` is answered for `tenant`: at least one target. Raises NotFound (`model_not_found`), the same
@@ -64,9 +70,15 @@ class Routing:
         return groups
 
     def _by_glob(self, model: str) -> Groups | None:
+        known = self._matched.get(model)
+        if known is not None:
+            return known
         for pattern, route in self._globs:
             if match := pattern.fullmatch(model):
-                return _groups(route, match[1], model)
+                if len(self._matched) >= MATCHED:
+                    self._matched.clear()
+                found = self._matched[model] = _groups(route, match[1], model)
+                return found
         return None
 
     def passthrough(self, tenant: Tenant, model: str = "") -> Groups:

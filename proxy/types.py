@@ -15,7 +15,7 @@ Units: times are seconds as floats (or carry `_ms`), sizes are bytes, header nam
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -29,8 +29,7 @@ OTHER: Final = "other"
 """The label of whatever is not in the configuration: metrics carry closed sets only."""
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """One client request as it reached us. Nothing in it is interpreted yet."""
 
     method: str
@@ -49,6 +48,8 @@ class Call:
     """Peer address, without the port; empty for a unix socket."""
     timeout_ms: bytes | None = None
     """The header `x-breakwater-timeout-ms`, as sent."""
+    tags: bytes | None = None
+    """The header `x-breakwater-tags`, as sent."""
 
     def header(self, name: bytes) -> bytes | None:
         """First value of a header (lower-case name), or None."""
@@ -70,8 +71,7 @@ class Objects:
     """Nothing is generated: it reads, deletes or counts, and costs nothing."""
 
 
-@dataclass(slots=True)
-class Ask:
+class Ask(msgspec.Struct):
     """What a call asks for, once its body is known to be well formed.
 
     `fields` is the canonical top level of a JSON body: each member still the client's own bytes. It is empty for a
@@ -84,7 +84,7 @@ class Ask:
     call: Call
     model: str = ""
     stream: bool = False
-    fields: Mapping[str, msgspec.Raw] = field(default_factory=dict)
+    fields: Mapping[str, msgspec.Raw] = msgspec.field(default_factory=dict)
     wants_usage: bool = False
     """The client itself asked for the usage chunk of a stream (`stream_options.include_usage`)."""
     wants_base64: bool = False
@@ -160,6 +160,8 @@ class Event(msgspec.Struct, gc=False):
     usage: Usage | None = None
     terminator: int = 0
     """Bytes at the end of `data` that are the stream's terminator; 0 while it goes on."""
+    last: bool = False
+    """Nothing comes after it: there is no need to ask for more."""
 
 
 class TooLong(NamedTuple):
@@ -197,8 +199,7 @@ class Reply(Protocol):
         """Frees the connection. Idempotent; after an unfinished body it closes the socket."""
 
 
-@dataclass(slots=True)
-class Record:
+class Record(msgspec.Struct):
     """What is known of one request so far. Written by the pipeline as it learns, read once at the end by the edge."""
 
     route: str = "unmatched"
@@ -218,7 +219,7 @@ class Record:
     """`nano_usd` has been decided, even if nobody knows it."""
     unpriced: bool = False
     """Something was used of which nobody knows what it costs, or even how much it was."""
-    rate_limits: Headers = field(default_factory=list)
+    rate_limits: Headers = msgspec.field(default_factory=list)
     """`x-ratelimit-*`, where the caller is held to a limit."""
     degraded: bool = False
     """The store of budgets was away when the request came, or when it was asked."""
@@ -234,7 +235,7 @@ class Record:
     context_tokens: str = ""
     context_trimmed: str = ""
     """The headers `x-breakwater-context-*`; empty: not sent."""
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = msgspec.field(default_factory=list)
 
 
 class Out(Protocol):
@@ -247,6 +248,9 @@ class Out(Protocol):
 
     async def start(self, status: int, headers: Headers, *, stream: bool = False, length: int | None = None) -> None:
         """Status and headers. For a stream that a keep-alive has committed already, only checked."""
+
+    def push(self, event: Event) -> bool:
+        """`write`, where nothing stands in the way. False: nothing was written, and `write` is what is left."""
 
     async def write(self, event: Event) -> None:
         """One event's bytes; waits while the client's buffer is full."""

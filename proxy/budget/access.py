@@ -160,8 +160,14 @@ class Access:
     async def reserve(self, reservation: Reservation) -> Granted | Refused | Ended:
         """Raises StoreUnavailable. After that, or when cancelled, the reservation may stand: settle it either way."""
         if not self.away:
-            verdict = await self._first("reserve", self.store.reserve(reservation))
+            outages = self.outages
+            try:  # not by `_call`: the answer that nearly always comes needs none of what that does
+                verdict = await self.store.reserve(reservation)
+            except StoreUnavailable as error:
+                self._missed("reserve", error, outages)
+                raise
             if not isinstance(verdict, Cold):
+                self.reached = True
                 return self._seen(verdict, reservation)
         return self._seen(await self._call("reserve", lambda: self.store.reserve(reservation)), reservation)
 
@@ -188,16 +194,20 @@ class Access:
     async def settle(self, settlement: Settlement) -> Settled | None:
         """Books it now; None: it is kept until the store takes it. Never raises StoreUnavailable."""
         if not self.away:
+            outages, told = self.outages, False
             try:
-                settled = await self._first("settle", self.store.settle(settlement))
+                settled = await self.store.settle(settlement)
                 if isinstance(settled, Cold):
+                    told = True
                     settled = await self._call("settle", lambda: self.store.settle(settlement))
-            except StoreUnavailable:
-                pass
+            except StoreUnavailable as error:
+                if not told:
+                    self._missed("settle", error, outages)
             except asyncio.CancelledError:
                 self.later(settlement)
                 raise
             else:
+                self.reached = True
                 # Not before: an empty store that is told of it meanwhile must keep its room.
                 self.live.pop(settlement.id, None)
                 self.watch.saw(settled.balances)
@@ -243,18 +253,11 @@ class Access:
                 self.lost(error.reason)
             raise
 
-    async def _first(self, op: Op, answer: Awaitable[_Answer]) -> _Answer:
-        """As `_call`, for the answer that nearly always comes: the store is in reach, and knows what it must."""
-        outages = self.outages
-        try:
-            found = await answer
-        except StoreUnavailable as error:
-            self.failed(op)
-            if outages == self.outages:
-                self.lost(error.reason)
-            raise
-        self.reached = self.reached or not isinstance(found, Cold)
-        return found
+    def _missed(self, op: Op, error: StoreUnavailable, outages: int) -> None:
+        """A verb got no answer. `outages`: when it was asked; one from before the last outage says nothing of now."""
+        self.failed(op)
+        if outages == self.outages:
+            self.lost(error.reason)
 
     async def ask(self, op: Op, verb: Callable[[], Awaitable[_Answer | Cold]]) -> _Answer:
         """As `_call`, away or not, and a failure changes nothing: for those who try whether it is back."""

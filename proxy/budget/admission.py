@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from secrets import token_hex
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy.budget import answers
 from proxy.budget.access import Access
@@ -18,7 +18,7 @@ from proxy.budget.estimate import Exposure
 from proxy.budget.held import NO_RISK, Held
 from proxy.budget.local import Slices
 from proxy.budget.plan import Plan, Planner, Want, exceeds
-from proxy.budget.policy import Policy, reach_of
+from proxy.budget.policy import Bound, Policy, reach_of
 from proxy.budget.pricing import cost, unknown_refused
 from proxy.budget.refusals import Refusals
 from proxy.budget.spare import is_far_below
@@ -69,15 +69,19 @@ class Admission:
         """The `x-ratelimit-*` headers of a caller, as of the last answer that this process had of the store."""
         if not policy.enforces:
             return []
-        found = ((scope, self.access.watch.row(scope)) for scope in policy.own)
-        return answers.rate_limit_headers(((scope, row) for scope, row in found if row is not None), refused)
+        seen = self.access.watch.row
+        rows = [(scope, row) for scope in policy.own if scope.enforced and (row := seen(scope)) is not None]
+        return answers.rate_limit_headers(rows, refused)
 
-    async def take(self, charge: Charge, target: Target) -> Plan:
+    def take(self, charge: Charge, target: Target) -> Coroutine[Any, Any, Plan]:
         """Covers an attempt at `target`, beside all that went before. Raises what `Charge.cover` raises."""
-        held, want = charge.held, charge.want
-        bound = charge.policy.at(target.provider)
+        held, bound = charge.held, charge.policy.at(target.provider)
         if held.state is None or (held.state == "open" and bound.reserves and not charge.degraded):
-            return await self._reserve(charge, target)
+            return self._reserve(charge, target)
+        return self._take_more(charge, target, bound)
+
+    async def _take_more(self, charge: Charge, target: Target, bound: Bound) -> Plan:
+        held, want = charge.held, charge.want
         if bound.enforced:
             await count(self._counter, want, target)
         else:

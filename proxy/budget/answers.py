@@ -131,20 +131,24 @@ def rate_limit_headers(rows: Iterable[tuple[Scope, Row]], refused: Refused | Non
         elif refused.window == "tokens_per_minute":
             tokens = found if tokens is None or found[0] < tokens[0] else tokens
     headers: Headers = []
+    reset = b""
     if requests is not None:
         left, limit, reset_ms = requests
-        headers += [
+        reset = go_duration(reset_ms).encode()
+        headers += (
             (b"x-ratelimit-limit-requests", b"%d" % limit),
             (b"x-ratelimit-remaining-requests", b"%d" % left),
-            (b"x-ratelimit-reset-requests", go_duration(reset_ms).encode()),
-        ]
+            (b"x-ratelimit-reset-requests", reset),
+        )
     if tokens is not None:
         left, limit, reset_ms = tokens
-        headers += [
+        if requests is None or reset_ms != requests[2]:
+            reset = go_duration(reset_ms).encode()
+        headers += (
             (b"x-ratelimit-limit-tokens", b"%d" % limit),
             (b"x-ratelimit-remaining-tokens", b"%d" % left),
-            (b"x-ratelimit-reset-tokens", go_duration(reset_ms).encode()),
-        ]
+            (b"x-ratelimit-reset-tokens", reset),
+        )
     return headers
 
 

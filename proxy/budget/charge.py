@@ -90,14 +90,18 @@ class Charge(Tab):
         if self._must_count():
             await self._leave(partial(self._close, complete=complete))  # there is something to count
         elif self._budget.prompt:
-            await self._finish(complete=complete)  # The store never waits: no cancellation can come in between.
+            try:
+                self._end_known(complete=complete)
+            finally:
+                if self._parent is None:
+                    await self._settle()  # The store never waits: no cancellation can come in between.
         elif self._afterwards is None:
             await self._close(complete=complete)
         else:
             # The client need not wait for the books. Its next request comes behind this settlement, in the same batch
             # at the earliest.
             try:
-                await self._end_attempt(complete=complete)
+                self._end_known(complete=complete)
             finally:
                 if self._parent is None:
                     self._budget.track(self._settle())
@@ -192,6 +196,16 @@ class Charge(Tab):
         return Charge(
             self._budget, want, self.policy, self._record, self._targets, self.request_id, parent=self, key=self._key
         )
+
+    def _expected(self, plan: Plan) -> int:
+        return plan.estimate.expected
+
+    def _promised(self, plan: Plan) -> int:
+        """As much as was reserved for it."""
+        if self.policy.settings.estimate != "max":
+            return plan.estimate.expected
+        most = plan.estimate.most
+        return most if plan.output_cap is None else min(most, plan.output_cap * self.want.choices)
 
     def _book(self, attempt: Attempt, line: Line, learn: bool) -> None:
         held, account = self.held, attempt.plan.account

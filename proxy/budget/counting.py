@@ -36,10 +36,13 @@ async def count(counter: Counter, want: Want, target: Target) -> None:
 def bounded(want: Want, within: int | None) -> bool:
     """Takes a proven bound for the input, if it is `within` so many tokens and nothing has been counted. False: there
     is none, or it is larger."""
-    if want.counted or not want.ask.fields or (want.view is not None and want.view.needed):
+    view = want.view
+    if want.counted or not want.ask.fields or (view is not None and view.needed):
         return False
-    most = most_of(want.ask.dialect, want.ask.fields, within)
+    most = None if view is None else view.most
     if most is None:
+        most = most_of(want.ask.dialect, want.ask.fields, within)
+    if most is None or (within is not None and most > within):
         return False
     want.input_tokens = want.input_bound = most
     return True

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from secrets import token_hex
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+import msgspec
 
 from proxy.budget.amounts import MAX_AMOUNT, Amounts, Bounds, Row
 from proxy.budget.policy import Policy
@@ -23,7 +25,7 @@ MOST: Final = 256
 """Attempts that are booked together."""
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, frozen=True, gc=False):
     line: Line
     learn: int
     """Choices of a complete reply whose length is worth remembering; 0: it is not."""
@@ -117,5 +119,6 @@ def sums(lines: Iterable[Line]) -> tuple[int, int, int]:
 
 
 def _size(line: Line, window: str) -> int:
-    requests, tokens, nano_usd = sums((line,))
-    return requests if window.startswith("requests") else tokens if window.startswith("tokens") else nano_usd
+    if window.startswith("tokens"):
+        return line.usage.input + line.usage.output
+    return int(line.attempt == 1) if window.startswith("requests") else line.nano_usd or 0

@@ -15,7 +15,6 @@ from proxy.budget import answers
 from proxy.budget.access import Access
 from proxy.budget.admission import Admission
 from proxy.budget.charge import Charge
-from proxy.budget.counting import BYTES_PER_TOKEN
 from proxy.budget.daybook import Daybook
 from proxy.budget.held import Spent
 from proxy.budget.local import Slices
@@ -105,7 +104,7 @@ class Budget:
         `afterwards`: takes the settlement, to be run once the client has its last byte; without it, leaving waits."""
         policy = self.policies.of(tenant, key)
         for target in targets:
-            if not policy.refuses_nothing(target.provider):
+            if not policy.at(target.provider).refuses_nothing:
                 break
         else:
             return Tab(self, want, policy, record, targets, request_id, Spent(), key=key, afterwards=afterwards)
@@ -135,9 +134,11 @@ class Budget:
 
     def unreserved(self, tab: Tab, target: Target) -> Plan:
         """What is known of an attempt that nothing is reserved for."""
-        if tab.want.ask.fields and not tab.want.counted:
-            tab.want.input_tokens = len(tab.want.ask.call.body) // BYTES_PER_TOKEN  # good enough to watch by
-        return self._planner.unreserved(tab.want, tab.policy, target)
+        return self._planner.unreserved(tab.want, target)
+
+    def expected(self, tab: Tab, target: Target) -> int:
+        """Output tokens to expect of such an attempt."""
+        return self._planner.expected(tab.want, tab.policy, target)
 
     def later(self, job: Job) -> Job:
         """`job`, remembered until it has begun."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -37,8 +36,7 @@ _list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-@dataclass(slots=True)
-class Want:
+class Want(msgspec.Struct):
     """What a request asks for, as far as its price goes. Token counts are those of the input, media included."""
 
     ask: Ask
@@ -75,9 +73,11 @@ class Want:
 def want_of(ask: Ask, tags: str = "") -> Want:
     """What the body says. The input is not counted yet. (`validation.requests` has checked the members.)"""
     fields = ask.fields
-    limits = _LIMITS.get(ask.dialect, ())
-    given = [value for name in limits if name in fields and isinstance(value := _decoded(fields[name]), int)]
-    choices = returned = _count(fields, "n")
+    asked: int | None = None
+    for name in _LIMITS.get(ask.dialect, ()):
+        if name in fields and isinstance(value := _decoded(fields[name]), int):
+            asked = value if asked is None else max(asked, value)  # Of two, each server goes by one of its own choice.
+    choices = returned = _count(fields, "n") if "n" in fields else 1
     if "best_of" in fields:
         choices = max(choices, _count(fields, "best_of"))
     if ask.dialect == "completions" and "prompt" in fields:
@@ -86,7 +86,7 @@ def want_of(ask: Ask, tags: str = "") -> Want:
     tier = _decoded(fields["service_tier"]) if "service_tier" in fields else ""
     return Want(
         ask,
-        asked=max(given, default=None),  # Of two, each server goes by one of its own choice.
+        asked=asked,
         choices=choices,
         returned=returned,
         service_tier=tier if isinstance(tier, str) and tier not in ("auto", "default") and len(tier) <= 32 else "",
@@ -96,7 +96,7 @@ def want_of(ask: Ask, tags: str = "") -> Want:
 
 
 def _count(fields: Mapping[str, msgspec.Raw], name: str) -> int:
-    found = _decoded(fields[name]) if name in fields else 1
+    found = _decoded(fields[name])
     return found if isinstance(found, int) and found > 0 else 1
 
 
@@ -137,6 +137,9 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     """By how much the attempt can outgrow `ask`."""
     output_cap: int | None = None
     """Output tokens for one choice that the upstream is to be told, where the client sets no maximum; None: none."""
+
+
+UNESTIMATED: Final = Estimate(0, 0, 0)
 
 
 class Planner:
@@ -198,12 +201,16 @@ class Planner:
             most = _most(input_tokens, cap * want.choices, rates)
         return judged, _within(most, reach), most, cap
 
-    def unreserved(self, want: Want, policy: Policy, target: Target) -> Plan:
-        """For an attempt that nothing is reserved for: its price, and what to expect of it. Its ask is nothing."""
-        facts = self.book.facts(target, want.service_tier)
-        expected = self.expectations.output(policy.tenant, target.label, want.asked) if want.generates else 0
-        found = Estimate(want.input_tokens, expected * want.choices, expected * want.choices)
-        return Plan(target, usable(facts.rates, want.ask.dialect), None, found, NOTHING, NOTHING, 0, 0)
+    def unreserved(self, want: Want, target: Target) -> Plan:
+        """For an attempt that nothing is reserved for: its price alone."""
+        rates = self.book.facts(target, want.service_tier).rates
+        return Plan(target, usable(rates, want.ask.dialect), None, UNESTIMATED, NOTHING, NOTHING, 0, 0)
+
+    def expected(self, want: Want, policy: Policy, target: Target) -> int:
+        """Output tokens to expect of such an attempt."""
+        if not want.generates:
+            return 0
+        return self.expectations.output(policy.tenant, target.label, want.asked) * want.choices
 
     def _fits(
         self,

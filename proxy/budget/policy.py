@@ -61,10 +61,12 @@ def reach_of(limits: Limits) -> Reach:
 class Bound:
     """Scopes that a reservation takes together, and what follows from their limits. Made once for each target."""
 
-    __slots__ = ("enforced", "far", "limited", "limiting", "places", "reach", "reserves", "risky", "scopes", "watched")
+    __slots__ = ("enforced", "far", "limited", "limiting", "places", "reach", "refuses_nothing", "reserves", "risky",
+                 "scopes", "watched")  # fmt: skip
 
-    def __init__(self, scopes: tuple[Scope, ...], *, rehearses: bool) -> None:
-        """`rehearses`: what is only watched is reserved like what is enforced, so that it says what that would."""
+    def __init__(self, scopes: tuple[Scope, ...], *, rehearses: bool, needs_price: bool) -> None:
+        """`rehearses`: what is only watched is reserved like what is enforced, so that it says what that would.
+        `needs_price`: what nobody knows a price of is refused, whatever the limits."""
         self.scopes = scopes
         limited = [scope for scope in scopes if scope.limits != Limits()]
         self.limited = bool(limited)
@@ -73,6 +75,8 @@ class Bound:
         """A reservation can be refused."""
         self.reserves = self.enforced or (self.limited and rehearses)
         """Requests are reserved before they are sent. If not, they are booked when they are over."""
+        self.refuses_nothing = not (self.reserves or needs_price)
+        """Whatever a request asks: no limit is enforced, and its price need not be known."""
         self.watched = tuple((scope, scope.limits.bounds()) for scope in limited if not scope.enforced)
         reach = Reach()
         for scope in scopes:
@@ -117,17 +121,15 @@ class Policy:
         """The scope of a provider's account; None where it has no limits."""
         return self._accounts.get(provider)
 
-    def refuses_nothing(self, provider: str) -> bool:
-        """Whatever a request asks of this provider: no limit is enforced, and its price need not be known."""
-        return not self.at(provider).reserves and not (self.enforces and self.settings.on_unknown_price == "deny")
-
     def at(self, provider: str) -> Bound:
         """All scopes of a request at this provider."""
         bound = self._bounds.get(provider)
         if bound is None:
             account = self._accounts.get(provider)
             scopes = self.own if account is None else (*self.own, account)
-            bound = self._bounds[provider] = Bound(scopes, rehearses=self.settings is not UNWRITTEN)
+            needs_price = self.enforces and self.settings.on_unknown_price == "deny"
+            rehearses = self.settings is not UNWRITTEN
+            bound = self._bounds[provider] = Bound(scopes, rehearses=rehearses, needs_price=needs_price)
         return bound
 
 

@@ -79,6 +79,10 @@ def cost(usage: Usage, rates: Rates) -> int:
 def ceiling(input_tokens: int, output_tokens: int, rates: Rates) -> int:
     """The most that so many tokens can cost, whichever of them are cached, written, reasoning or audio, in whichever
     tier."""
+    if not rates.tiers and rates.audio is None:
+        micro = input_tokens * max(rates.input, rates.cached_input, rates.cache_write)
+        micro += output_tokens * (rates.output if rates.output > rates.reasoning else rates.reasoning)
+        return min(-(-micro // PER_MILLION) + rates.request, LARGEST)
     worst = 0
     for one in (rates, *(tier.rates for tier in rates.tiers if input_tokens > tier.above)):
         heard = 0 if one.audio is None else one.audio[0]

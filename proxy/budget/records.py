@@ -25,7 +25,9 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from operator import add
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from proxy.budget.amounts import MAX_AMOUNT
 from proxy.money import usd_text
@@ -44,7 +46,7 @@ Dimensions = tuple[str, str, str, str, str, str]
 """As `store.base.DIMENSIONS`."""
 
 
-class Line(NamedTuple):
+class Line(msgspec.Struct, frozen=True, gc=False):
     """One attempt."""
 
     reservation: str
@@ -97,9 +99,12 @@ def _counts(line: Line) -> tuple[int, ...]:
 def entry_of(line: Line) -> Entry:
     usage, target = line.usage, line.target
     nano = line.nano_usd or 0
+    counts = _counts(line)
+    if max(counts) > MAX_AMOUNT:
+        counts = tuple(min(count, MAX_AMOUNT) for count in counts)
     return Entry(
         _dimensions(line),
-        Tally(*[min(count, MAX_AMOUNT) for count in _counts(line)]),
+        Tally(*counts),
         (
             "id", line.reservation,
             "at", str(line.at),

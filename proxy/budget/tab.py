@@ -105,12 +105,18 @@ class Tab:
         if self._must_count():
             await self._leave(partial(self._close, complete=kind is None))
         else:
-            await self._end_attempt(complete=kind is None)  # Nothing that waits.
+            self._end_known(complete=kind is None)
 
     def _must_count(self) -> bool:
         """Whether the books cannot be closed without waiting."""
         attempt = self._attempt
         return bool(self._ending) or (attempt is not None and attempt.usage is None and attempt.status < 300)
+
+    def _end_known(self, *, complete: bool) -> None:
+        """Ends an attempt that need not be counted."""
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None and attempt.usage is not None:
+            self._bill(attempt, attempt.usage, complete=complete)
 
     async def _leave(self, closing: Job) -> None:
         if self._afterwards is None:
@@ -190,9 +196,10 @@ class Tab:
             attempt.usage = usage
             self._tell(attempt, usage)
             return False
-        if self.want.ask.dialect != "passthrough":
-            if attempt.meter is None:
-                attempt.meter = Meter()
+        if attempt.meter is not None:
+            attempt.meter.see(event.data)
+        elif self.want.ask.dialect != "passthrough":
+            attempt.meter = Meter()
             attempt.meter.see(event.data)
         if not self.want.ask.stream:
             self._record.costs = attempt.status < 300
@@ -263,7 +270,7 @@ class Tab:
         given = self.want.input_tokens
         if attempt.status == 0:
             # Without a failure the client left while the provider was at work.
-            return Usage(given, 0 if attempt.failed is None else attempt.plan.estimate.expected, estimated=True)
+            return Usage(given, 0 if attempt.failed is None else self._expected(attempt.plan), estimated=True)
         if self.want.ask.dialect == "passthrough":
             return Usage(estimated=True)  # It was used, and nobody knows how much.
         output = await self._output_of(attempt)
@@ -271,12 +278,12 @@ class Tab:
             output = max(output, self._promised(attempt.plan))
         return Usage(given, output, estimated=True)
 
+    def _expected(self, plan: Plan) -> int:
+        return self._budget.expected(self, plan.target)
+
     def _promised(self, plan: Plan) -> int:
-        """Output that the provider goes on to make when we have gone: as much as was reserved for it."""
-        if self.policy.settings.estimate != "max":
-            return plan.estimate.expected
-        most = plan.estimate.most
-        return most if plan.output_cap is None else min(most, plan.output_cap * self.want.choices)
+        """Output that the provider goes on to make when we have gone."""
+        return self._expected(plan)
 
     async def _output_of(self, attempt: Attempt) -> int:
         if attempt.usage is not None:
@@ -296,13 +303,11 @@ class Tab:
             spent.usage = record.usage = usage if spent.usage is None else added(spent.usage, usage)
         record.nano_usd = None if spent.unpriced else spent.before_nano_usd + spent.nano_usd
         record.unpriced = spent.unpriced
-        self._book(attempt, self._line(attempt, usage), complete and not usage.estimated and want.generates)
-
-    def _line(self, attempt: Attempt, usage: Usage) -> Line:
-        return Line(
-            self._spent.id, self._budget.wall_ms(), self.request_id, self.policy.tenant, self._key,
-            attempt.plan.target, self.want.tags, usage, attempt.nano_usd, attempt.status, attempt.number,
+        line = Line(
+            spent.id, self._budget.wall_ms(), self.request_id, self.policy.tenant, self._key,
+            attempt.plan.target, want.tags, usage, nano, attempt.status, attempt.number,
         )  # fmt: skip
+        self._book(attempt, line, complete and not usage.estimated and want.generates)
 
     def _book(self, attempt: Attempt, line: Line, learn: bool) -> None:
         self._budget.daybook.add(self.policy, line, self.want.choices if learn else 0)

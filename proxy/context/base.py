@@ -27,6 +27,8 @@ class View(Protocol):
 
     needed: bool
     """False: every target gets the request as it came, and nothing has to be waited for."""
+    most: int | None
+    """What the prompt can be at most, by its size in bytes; None: nobody has looked yet."""
     complete: Complete | None
     """Set by whoever holds the charge: how a model is asked for a summary."""
 
@@ -44,6 +46,7 @@ class Whole:
     """The view of a request that is sent as it came, whatever its length. A null object."""
 
     needed = False
+    most: int | None = None
 
     def __init__(self, ask: Ask) -> None:
         self.complete: Complete | None = None

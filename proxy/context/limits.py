@@ -25,12 +25,14 @@ def limit_of(
     max_tokens: int | None, window: int | None, tokens_per_minute: int | None, output: int, choices: int = 1
 ) -> int | None:
     """Tokens of the prompt; None: no limit. `tokens_per_minute`: the smallest that is enforced on the caller."""
-    found = [] if max_tokens is None else [max_tokens]
+    least = max_tokens
     if window is not None:
-        found.append(_less(window - margin(window), output))
+        room = _less(window - margin(window), output)
+        least = room if least is None or room < least else least
     if tokens_per_minute is not None:
-        found.append(_less(tokens_per_minute, output * choices))
-    return min(found, default=None)
+        room = _less(tokens_per_minute, output * choices)
+        least = room if least is None or room < least else least
+    return least
 
 
 def margin(window: int) -> int:

@@ -105,7 +105,7 @@ class RequestView:
     """See `View`. One task uses it."""
 
     __slots__ = ("_ask", "_choices", "_context", "_deadline", "_fits", "_output", "_record", "_refitted", "_said",
-                 "_settings", "_tenant", "complete", "needed")  # fmt: skip
+                 "_settings", "_tenant", "complete", "most", "needed")  # fmt: skip
 
     def __init__(
         self,
@@ -134,15 +134,19 @@ class RequestView:
         self._refitted: set[Target] | None = None
         self._fits: dict[Target, Fit] = {}
         self.needed = False
-        known = [limit for target in targets if (limit := self._limit(target)) is not None]
-        if not known:
+        self.most: int | None = None
+        least: int | None = None
+        for target in targets:
+            limit = self._limit(target)
+            if limit is not None and (least is None or limit < least):
+                least = limit
+        if least is None:
             return
         elsewhere = answers.kept_elsewhere(ask)
         if elsewhere:
             record.context_trimmed = answers.untrimmed_header(elsewhere)
             return
-        least = min(known)
-        most = most_of(ask.dialect, ask.fields, least)
+        self.most = most = most_of(ask.dialect, ask.fields, least)
         if most is None:
             self.needed = True
         else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -117,7 +118,21 @@ class Answer:
         if stream:
             self._streaming = True
             headers = _STREAM_HEADERS + [header for header in headers if header[0] != b"content-type"]
-        await self._commit(status, headers, length)
+        head = self._commit(status, headers, length)
+        if head is not None:
+            await self._send(head)
+
+    def push(self, event: Event) -> bool:
+        if self._beating is not None or self._late is not None:
+            return False
+        data = event.data
+        if self._held is not None:
+            return self._respond(data)
+        if event.terminator or self._left is not None or not self._connection.push(data):
+            return False
+        self.bytes_out += len(data)
+        self._last_write = self._clock()
+        return True
 
     async def write(self, event: Event) -> None:
         if self._beating is not None:
@@ -186,7 +201,7 @@ class Answer:
         self.error_code = error.code
         if not self._committed or self._held is not None:
             body = envelope(error)
-            await self._commit(error.status, [_JSON, *error.headers], len(body))
+            self._commit(error.status, [_JSON, *error.headers], len(body))
             await self._body(body)
         elif self._streaming:
             if not isinstance(error, StreamInterrupted):
@@ -204,8 +219,10 @@ class Answer:
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
-    async def _commit(self, status: int, headers: Headers, length: int | None = None, *, answered: bool = True) -> None:
-        """`answered`: it is known who answers. Before that, another provider than the one being asked still may."""
+    def _commit(self, status: int, headers: Headers, length: int | None = None, *, answered: bool = True) -> Any:
+        """Decides on the head. ASGI's message of it, to be sent; None: it is held until the body's first bytes.
+
+        `answered`: it is known who answers. Before that, another provider than the one being asked still may."""
         if not self._streaming:
             self._stop_beats()  # in any other body a comment would be garbage, however slowly the client takes it
         self._committed = True
@@ -219,8 +236,8 @@ class Answer:
             own.append((b"content-length", b"%d" % length))
         if length:
             self._held = own + headers
-        else:
-            await self._send({"type": "http.response.start", "status": status, "headers": own + headers})
+            return None
+        return {"type": "http.response.start", "status": status, "headers": own + headers}
 
     def _own_headers(self, *, answered: bool) -> Headers:
         own: Headers = [(b"x-request-id", self._request_id.encode()), (b"traceparent", self._traceparent.encode())]
@@ -228,7 +245,7 @@ class Answer:
         if record.attempts and answered:
             own.append((b"x-breakwater-provider", record.provider.encode()))
             if record.upstream_model:
-                own.append((b"x-breakwater-model", _header_text(record.upstream_model)))
+                own.append((b"x-breakwater-model", _header_name(record.upstream_model)))
             own.append((b"x-breakwater-attempts", b"%d" % record.attempts))
         if record.upstream_request_id:
             own.append((b"x-breakwater-upstream-request-id", _header_text(record.upstream_request_id)))
@@ -247,13 +264,22 @@ class Answer:
             own.append((b"x-breakwater-warnings", _header_text("; ".join(record.warnings))))
         return own
 
+    def _respond(self, data: bytes) -> bool:
+        """Sends the held head and the whole body at once. False: that is not possible, or `data` is not all of it."""
+        if self._held is None or len(data) != self._left:
+            return False
+        if not self._connection.respond(self.status, self._held, data):
+            return False
+        self.bytes_out += len(data)
+        self.complete = True
+        return True
+
     async def _body(self, data: bytes) -> None:
+        if self._respond(data):
+            return
         self.bytes_out += len(data)
         self._last_write = self._clock()
         if self._held is not None:
-            if len(data) == self._left and self._connection.respond(self.status, self._held, data):
-                self.complete = True
-                return
             await self._send_held(self._held)
         if self._left is not None:
             self._left -= len(data)
@@ -280,7 +306,7 @@ class Answer:
         """Commits 200 if nothing was sent yet, and sends a comment. The pipeline's next write waits for its end."""
         if not self._committed:
             self._streaming = True
-            await self._commit(200, _STREAM_HEADERS, answered=False)
+            await self._send(self._commit(200, _STREAM_HEADERS, answered=False))
         await self._body(_KEEP_ALIVE)
 
     def _stop_beats(self) -> None:
@@ -302,3 +328,7 @@ def _header_text(text: str) -> bytes:
     if len(text) <= 256 and text.isascii() and text.isprintable():
         return text.encode()
     return "".join(c if " " <= c <= "~" else "?" for c in text[:256]).encode()
+
+
+_header_name: Final = lru_cache(1024)(_header_text)
+"""Of texts that come again and again."""

@@ -15,6 +15,8 @@ OnLost = Callable[[LostReason], None]
 
 
 class Response(Protocol):
+    def take(self) -> bytes | None: ...
+
     def push(self, data: bytes) -> bool: ...
 
     def respond(self, status: int, headers: Headers, body: bytes) -> bool: ...
@@ -23,13 +25,18 @@ class Response(Protocol):
 class Connection:
     """Found in `scope["extensions"]["breakwater"]`: one object per connection, always about its running request."""
 
-    __slots__ = ("_callbacks", "_reason", "_response", "_transport")
+    __slots__ = ("_callbacks", "_reason", "_response", "_transport", "push")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._callbacks: list[OnLost] = []
         self._reason: LostReason | None = None
         self._response: Response | None = None
+        self.push: Callable[[bytes], bool] = _not_now
+        """Writes a piece of the running response's body at once. False: not possible now, `send` is the way.
+
+        What a streamed chunk costs is paid thousands of times a second; this is ASGI's `send` without its message.
+        """
 
     def on_lost(self, callback: OnLost) -> None:
         """Calls back, synchronously and once, when the running request loses its client; at once if it already has.
@@ -52,12 +59,9 @@ class Connection:
         """Cuts the connection, for a body that cannot be completed: a clean end would look like success."""
         self._transport.abort()
 
-    def push(self, data: bytes) -> bool:
-        """Writes a piece of the running response's body at once. False: not possible now, `send` is the way.
-
-        What a streamed chunk costs is paid thousands of times a second; this is ASGI's `send` without its message.
-        """
-        return self._response is not None and self._response.push(data)
+    def take(self) -> bytes | None:
+        """The whole body of the running request, if it is there. None: ASGI's `receive` is the way to it."""
+        return None if self._response is None else self._response.take()
 
     def respond(self, status: int, headers: Headers, body: bytes) -> bool:
         """Writes a whole response at once, its length among the headers. False: not possible now, `send` is the way."""
@@ -68,6 +72,7 @@ class Connection:
     def next_request(self, response: Response) -> None:
         """Callbacks that the last request left behind are not about this one."""
         self._response = response
+        self.push = response.push
         if self._callbacks:
             self._callbacks = []
 
@@ -76,6 +81,11 @@ class Connection:
         if self._reason is None:
             self._reason = reason
         self._response = None
+        self.push = _not_now
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback(reason)
+
+
+def _not_now(data: bytes) -> bool:
+    return False

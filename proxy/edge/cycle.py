@@ -49,13 +49,23 @@ class Cycle(RequestResponseCycle):
         else:
             self._write(message.get("body", b""), last=not message.get("more_body", False))
 
+    def take(self) -> bytes | None:
+        """`receive`, where the whole body is there: the body. None: it is not, or nobody waits for an answer."""
+        if self.more_body or self.waiting_for_100_continue or self.disconnected or self.response_complete:
+            return None
+        body = bytes(self.body)
+        self.body = bytearray()
+        return body
+
     def push(self, data: bytes) -> bool:
         """`send` for one more chunk of a body that has begun, where nothing stands in the way."""
         if self._head or not self.chunked_encoding or self.flow.write_paused or self.disconnected:
+            return False  # (What has no body, as the answer to HEAD, is not in chunks.)
+        if self.response_complete or not data:
             return False
-        if self.response_complete or not data or self.scope["method"] == "HEAD":
-            return False
-        self.transport.write(_chunk(data))
+        size = len(data)
+        line = _SIZE_LINES[size] if size < len(_SIZE_LINES) else b"%x\r\n" % size
+        self.transport.write(line + data + b"\r\n")
         return True
 
     def respond(self, status: int, headers: Headers, body: bytes) -> bool:

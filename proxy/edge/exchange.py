@@ -54,6 +54,19 @@ class Service:
     """Seconds. A stream that has nothing to say for this long says a comment, so that nobody on the way takes it for
     dead."""
     live: set[Exchange] = field(default_factory=set)
+    _over: list[Exchange] = field(default_factory=list)
+
+    def over(self, exchange: Exchange) -> None:
+        """Has `exchange` tell of itself at the end of this turn of the loop, before anybody who waits for its task goes
+        on. What has ended together is told one after the other: half the price of telling it in between."""
+        if not self._over:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._over.append(exchange)
+
+    def _tell(self) -> None:
+        over, self._over = self._over, []
+        for exchange in over:
+            exchange.tell()
 
 
 class Exchange:
@@ -71,6 +84,7 @@ class Exchange:
         "_scope",
         "_service",
         "_started",
+        "_tags",
         "_task",
         "_timeout_ms",
         "_traceparent",
@@ -86,6 +100,7 @@ class Exchange:
         self._request_id = request_id(headers.get(b"x-request-id"), service.random)
         self._traceparent = traceparent(headers.get(b"traceparent"), service.random)
         self._timeout_ms = headers.get(b"x-breakwater-timeout-ms")
+        self._tags = headers.get(b"x-breakwater-tags")
         self._started = service.clock()
         self._answer = Answer(
             send,
@@ -124,7 +139,8 @@ class Exchange:
             self._connection.off_lost(self._lost)
             self._answer.close()
             self._service.live.discard(self)
-            self._emit()
+            self._ended = self._ended or self._service.clock()
+            self._service.over(self)
 
     async def _serve(self) -> None:
         try:
@@ -134,7 +150,8 @@ class Exchange:
                     headers=[(b"retry-after", b"1")],
                 )
             await self._service.pipeline.handle(self._call(), self._read, self._answer)
-            await self._answer.end()
+            if not self._answer.complete:
+                await self._answer.end()
         except ProxyError as error:
             await self._answer.fail(error)
         except Exception as error:  # the boundary of our own faults: answered, logged whole, never the client's to see
@@ -197,29 +214,34 @@ class Exchange:
             self._traceparent,
             scope["client"][0] if scope["client"] else "",
             self._timeout_ms,
+            self._tags,
         )
 
     async def _read(self) -> bytes:
         """The whole body. Raises RequestTooLarge."""
-        message = await self._receive()
-        body: bytes = message.get("body", b"")
-        if message.get("more_body"):
-            pieces = [body]
-            while message.get("more_body"):
-                message = await self._receive()
-                pieces.append(message.get("body", b""))
-            body = b"".join(pieces)
+        body: bytes | None = self._connection.take()
+        if body is None:
+            body = await self._receive_all()
         self._bytes_in = len(body)
         if len(body) > self._service.max_body_bytes:
             raise RequestTooLarge(f"The body is larger than {self._service.max_body_bytes} bytes.")
         return body
 
+    async def _receive_all(self) -> bytes:
+        message = await self._receive()
+        pieces = [message.get("body", b"")]
+        while message.get("more_body"):
+            message = await self._receive()
+            pieces.append(message.get("body", b""))
+        return b"".join(pieces)
+
     # --- the one event ----------------------------------------------------------------------------------------------
 
-    def _emit(self) -> None:
+    def tell(self) -> None:
+        """Emits what became of it."""
         answer = self._answer
         record = answer.record
-        ended = self._ended or self._service.clock()
+        duration = self._ended - self._started
         trace_id = self._traceparent[3:35]
         if record.attempts == 0 and answer.status >= 400 and answer.status != CLIENT_LEFT and answer.error_code:
             self._service.bus.emit(
@@ -231,13 +253,12 @@ class Exchange:
                     model=record.model,
                     status=answer.status,
                     code=answer.error_code,
-                    duration=ended - self._started,
+                    duration=duration,
                     bytes_in=self._bytes_in,
                     client=self._client(),
                 )
             )
             return
-        duration = ended - self._started
         upstream = record.upstream_ended - record.upstream_started if record.attempts else None
         streamed = record.stream and record.first_event
         self._service.bus.emit(

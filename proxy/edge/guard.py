@@ -8,8 +8,8 @@ Three rules make the rest follow:
 - **Answers keep their order.** A refusal waits for the answers to earlier requests of its connection. After the last
   answer we are *deaf*: we read on for `LINGER_SECONDS` and throw away what comes, for to close on unread bytes sends
   a reset, which can destroy the answer on its way.
-- **A request that comes in one piece touches no clock.** The connection's one timer is set when a read ends within
-  a message.
+- **A request that comes in one piece sets no timer.** The one for reading is set when a read ends within a message; the
+  one for a connection that rests is left where it is, and looks at the deadline when it fires.
 
 Of a request that is refused before its task has begun, the application hears nothing, and `refused` is called; a
 running one is told through its `Connection`.
@@ -59,6 +59,7 @@ class GuardedProtocol(HttpToolsProtocol):
         "_pending",
         "_reader",
         "_refused",
+        "_rest",
         "_running",
         "_stall",
         "_unsent",
@@ -80,6 +81,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.parser = None  # type: ignore[assignment]  # the reader has one
         self._reader = Reader(self, limits)
         self._watch = Watch(self.loop, self._due)
+        self._rest = Watch(self.loop, self.timeout_keep_alive_handler)
         self._stall: Watch | None = None
         self._unsent = 0  # bytes of the answer that waited for the client when it was last looked at
         self._limits = limits
@@ -102,12 +104,12 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._deaf = True
         self._watch.close()
+        self._rest.close()
         if self._stall is not None:
             self._stall.close()
         self._reader.close()
         self.pipeline.clear()
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()
         # Both hold on to this object: nothing shall be left for the collector.
         self.app = self._wrapped
         self.cycle = None  # type: ignore[assignment]
@@ -128,7 +130,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(fault)
         elif reader.phase != IDLE and self._watch.deadline == NEVER:
             if reader.phase == HEAD:
-                self._unset_keepalive_if_required()
+                self._rest.deadline = NEVER
                 self._watch.within(self._limits.head_seconds)
             else:
                 self._watch.within(self._limits.body_seconds)
@@ -179,8 +181,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= PIPELINED:
             self._stop_after(self.cycle)
         self._watch.deadline = NEVER
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
+        self._rest.deadline = NEVER
         reader = self._reader
         self.scope = {
             "type": "http",
@@ -262,11 +263,18 @@ class GuardedProtocol(HttpToolsProtocol):
         return self._wrapped(scope, receive, send)
 
     def on_response_complete(self) -> None:
-        if self._pending is None or self.pipeline or self.transport.is_closing():
-            super().on_response_complete()
-        else:
-            self.server_state.total_requests += 1
+        """uvicorn's, but that it makes no timer for each time that the connection rests."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.pipeline:
+            self.flow.resume_reading()
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._pending is not None:
             self._answer(self._pending)
+        else:
+            self.flow.resume_reading()
+            self._rest.within(self.timeout_keep_alive)
 
     # --- refusals ---------------------------------------------------------------------------------------------------
 

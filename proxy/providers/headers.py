@@ -6,6 +6,7 @@ a provider's organisation. A new header of a vendor is added here on purpose or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from proxy.types import Headers
@@ -73,20 +74,17 @@ def when_to_come_back(headers: Headers) -> Headers:
     return [header for header in kept if header[0] in _WAIT or header[0].startswith(_UPSTREAM_RATE_LIMIT)]
 
 
-def request_id(headers: Headers) -> str:
+def by_name(headers: Headers) -> dict[bytes, bytes]:
+    """Of several headers with one name, the first."""
+    return dict(reversed(headers))
+
+
+def request_id(named: Mapping[bytes, bytes]) -> str:
     """The provider's own id of the request, or an empty string."""
-    for name, value in headers:
-        if name in _REQUEST_IDS:
-            return value.decode("latin-1")[:128]
+    for name in _REQUEST_IDS:
+        if name in named:
+            return named[name].decode("latin-1")[:128]
     return ""
-
-
-def first(headers: Headers, wanted: bytes) -> bytes:
-    """The first value of a header, or b""."""
-    for name, value in headers:
-        if name == wanted:
-            return value
-    return b""
 
 
 def caller_key(headers: Headers) -> bytes:

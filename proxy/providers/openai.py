@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import random
@@ -38,7 +38,7 @@ from proxy.fault_tolerance.backoff import asked
 from proxy.fault_tolerance.sharing import together
 from proxy.providers.base import Resting
 from proxy.providers.bodies import as_stream, usage_in, usage_told
-from proxy.providers.headers import caller_key, first, request_id, to_client, to_provider, when_to_come_back
+from proxy.providers.headers import by_name, caller_key, request_id, to_client, to_provider, when_to_come_back
 from proxy.providers.keys import Keys
 from proxy.providers.opening import Promises, all_bring, chunk_promises, response_promises
 from proxy.providers.refusals import error_object, fault_in, meaning_in, meaning_of, quota_spent
@@ -129,9 +129,9 @@ class OpenAIProvider:
         """See `Provider.resting`."""
         return self._keys.resting(model) if self._keys.rests else None
 
-    async def open(
+    def open(
         self, ask: Ask, model: str, *, output_cap: int | None = None, deadline: float | None = None
-    ) -> Reply:
+    ) -> Coroutine[Any, Any, Reply]:
         """See `Provider.open`."""
         now = self._now()
         if deadline is not None and deadline <= now:
@@ -139,7 +139,11 @@ class OpenAIProvider:
         own = now + (self.timeouts.first_event if ask.stream else self.timeouts.total)
         deadline = own if deadline is None or own < deadline else deadline
         if not ask.stream or ask.wants_usage or ask.dialect not in _USAGE_OPTION or model in self._refuses_usage:
-            return await self._try(ask, model, deadline, output_cap, asked_usage=False)
+            return self._try(ask, model, deadline, output_cap, asked_usage=False)
+        return self._try_with_usage(ask, model, deadline, output_cap)
+
+    async def _try_with_usage(self, ask: Ask, model: str, deadline: float, output_cap: int | None) -> Reply:
+        """With a wish for usage that the client does not have; without it, where that is why a server refuses."""
         reply = await self._try(ask, model, deadline, output_cap, asked_usage=True)
         if not _names_usage_option(reply):
             return reply
@@ -210,9 +214,10 @@ class OpenAIProvider:
             return await self._refusal(response, deadline)
         raw = passthrough and not (ask.objects is not None and ask.objects.makes)
         headers = to_client(response.headers, passthrough=raw)
-        kind = first(response.headers, b"content-type").lower()
+        named = by_name(response.headers)
+        kind = named.get(b"content-type", b"").lower()
         start = b""
-        if (ask.stream or passthrough) and not content_coding(response.headers):
+        if (ask.stream or passthrough) and not content_coding(named):
             if kind.startswith(b"text/event-stream"):
                 return await self._stream(ask, response, headers, deadline, asked_usage)
             if not passthrough and b"json" not in kind:
@@ -220,9 +225,9 @@ class OpenAIProvider:
                 start = await first_piece(response, deadline)
                 if start.lstrip()[:1] not in (b"{", b"["):
                     return await self._stream(ask, response, headers, deadline, asked_usage, start)
-        upstream_id = request_id(response.headers)
+        upstream_id = request_id(named)
         if raw:
-            told = usage_told if b"json" in kind and _generates(ask) and not content_coding(response.headers) else None
+            told = usage_told if b"json" in kind and _generates(ask) and not content_coding(named) else None
             return RawReply(response, headers, idle=self.timeouts.idle, upstream_request_id=upstream_id, usage_in=told)
         body = await read_whole(response, deadline, start=start)
         usage = usage_in(body)
@@ -263,7 +268,7 @@ class OpenAIProvider:
             promises=promises,
             idle=self.timeouts.idle,
             terminated=ask.dialect != "passthrough",
-            upstream_request_id=request_id(response.headers),
+            upstream_request_id=request_id(by_name(response.headers)),
             scrub=self._scrub,
         )
         try:
@@ -283,7 +288,7 @@ class OpenAIProvider:
 
     async def _refusal(self, response: Response, deadline: float) -> Reply:
         status = response.status
-        upstream_id = request_id(response.headers)
+        upstream_id = request_id(by_name(response.headers))
         own_fault = status in (401, 402, 403) and not self._callers_key
         if not (own_fault or status == 429 or status >= 500 or status < 400):
             return await self._passed_refusal(response, deadline)
@@ -320,9 +325,8 @@ class OpenAIProvider:
         body = self._scrub(await read_whole(response, deadline, _ERROR_BYTES))
         headers = to_client(response.headers, passthrough=False)
         meaning = meaning_in(body) if response.status in (400, 413, 422) else "request"
-        return PlainReply(
-            response.status, headers, body, upstream_request_id=request_id(response.headers), meaning=meaning
-        )
+        upstream_id = request_id(by_name(response.headers))
+        return PlainReply(response.status, headers, body, upstream_request_id=upstream_id, meaning=meaning)
 
     async def _error_body(self, response: Response, deadline: float) -> bytes:
         """Of an answer that we only report: for its code, and so that its connection can serve again."""

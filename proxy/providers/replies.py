@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final
 
 from proxy.errors import UpstreamBroken
-from proxy.providers.headers import first
+from proxy.providers.headers import by_name
 from proxy.providers.refusals import Meaning, too_long_in
 from proxy.transport.base import Response
 from proxy.types import Event, Headers, TooLong, Usage
@@ -22,9 +22,11 @@ _COUNTED_BYTES: Final = 16 * 1024 * 1024
 """Of a body that is passed through: of a larger one nobody reads what it says of its usage. Four large images."""
 
 
-def content_coding(headers: Headers) -> bytes:
+def content_coding(named: Mapping[bytes, bytes]) -> bytes:
     """How the body is compressed; b"" when it is not."""
-    coding = first(headers, b"content-encoding").strip().lower()
+    if b"content-encoding" not in named:
+        return b""
+    coding = named[b"content-encoding"].strip().lower()
     return b"" if coding == b"identity" else coding
 
 
@@ -54,7 +56,7 @@ async def read_whole(response: Response, deadline: float, limit: int = MAX_BODY_
             raise UpstreamBroken("The provider's reply is too large.", reason="too_large")
         piece = await response.read(deadline)
     body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    coding = content_coding(response.headers)
+    coding = content_coding(by_name(response.headers))
     return _inflate(body, coding, limit) if coding else body
 
 
@@ -109,7 +111,7 @@ class PlainReply:
         self.upstream_request_id = upstream_request_id
         self.body = body
         self.meaning = meaning
-        self._event: Event | None = Event(body, usage, terminator)
+        self._event: Event | None = Event(body, usage, terminator, last=True)
 
     @property
     def events(self) -> PlainReply:
@@ -152,7 +154,7 @@ class RawReply:
         self.status = response.status
         self.headers = headers
         self.upstream_request_id = upstream_request_id
-        length = first(response.headers, b"content-length")
+        length = by_name(response.headers).get(b"content-length", b"")
         # Without a body, a length tells of another answer (304) or must not be there (204).
         self.length = int(length) if length.isdigit() and self.status not in (204, 304) else None
         self._response = response

@@ -67,7 +67,11 @@ _MEMBERS: Final[dict[Dialect, tuple[str, ...]]] = {
 
 def size_of(dialect: Dialect, fields: Mapping[str, Raw]) -> int:
     """Bytes of the members that hold prompt text."""
-    return sum(len(fields[name]) for name in _MEMBERS.get(dialect, ()) if name in fields)
+    size = 0
+    for name in _MEMBERS.get(dialect, ()):
+        if name in fields:
+            size += len(fields[name])
+    return size
 
 
 def crowded(dialect: Dialect, fields: Mapping[str, Raw]) -> bool:

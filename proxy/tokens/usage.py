@@ -25,7 +25,7 @@ Rules for what is doubtful, each on the side of not inventing tokens:
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -34,30 +34,32 @@ from proxy.types import Usage
 LARGEST: Final = 2**53
 """Larger integers are not exact in JSON."""
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
+
 
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-    cache_write_tokens: int | None = None
-    reasoning_tokens: int | None = None
-    audio_tokens: int | None = None
+    cached_tokens: _Count | None = None
+    cache_write_tokens: _Count | None = None
+    reasoning_tokens: _Count | None = None
+    audio_tokens: _Count | None = None
 
 
 class _Wire(msgspec.Struct):
     """The members that we read. Members of any other name are skipped without being decoded."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    total_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
+    total_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
     output_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-    prompt_cache_hit_tokens: int | None = None
-    cached_tokens: int | None = None
+    cache_read_input_tokens: _Count | None = None
+    cache_creation_input_tokens: _Count | None = None
+    prompt_cache_hit_tokens: _Count | None = None
+    cached_tokens: _Count | None = None
     usage: _Wire | None = None
 
 
@@ -86,18 +88,19 @@ def usage_of(body_member: bytes | msgspec.Raw) -> Usage | None:
 
 
 def _normalise(wire: _Wire) -> Usage | None:
-    given = _first(wire.prompt_tokens, wire.input_tokens)
-    made = _first(wire.completion_tokens, wire.output_tokens)
-    total = _first(wire.total_tokens)
+    given = wire.input_tokens if wire.prompt_tokens is None else wire.prompt_tokens
+    made = wire.output_tokens if wire.completion_tokens is None else wire.completion_tokens
+    total = wire.total_tokens
     inner = wire.prompt_tokens_details or wire.input_tokens_details or _NO_DETAILS
     outer = wire.completion_tokens_details or wire.output_tokens_details or _NO_DETAILS
-    read = _first(inner.cached_tokens, wire.cache_read_input_tokens, wire.prompt_cache_hit_tokens, wire.cached_tokens)
-    write = _first(inner.cache_write_tokens, wire.cache_creation_input_tokens) or 0
-    reasoning = _first(outer.reasoning_tokens) or 0
-    read = read or 0
+    read, write = inner.cached_tokens, inner.cache_write_tokens or 0
+    if read is None:
+        read = _first(wire.cache_read_input_tokens, wire.prompt_cache_hit_tokens, wire.cached_tokens)
+    if inner.cache_write_tokens is None:
+        write = wire.cache_creation_input_tokens or 0
     if wire.prompt_tokens is None and given is not None and inner is _NO_DETAILS:
         # Anthropic's input leaves out what the cache served or stored; the others do not have these members.
-        given += (_first(wire.cache_read_input_tokens) or 0) + (_first(wire.cache_creation_input_tokens) or 0)
+        given += (wire.cache_read_input_tokens or 0) + (wire.cache_creation_input_tokens or 0)
     if given is None:
         if made is None and total is None:
             return None
@@ -106,8 +109,10 @@ def _normalise(wire: _Wire) -> Usage | None:
         made = max((total or 0) - given, 0)
     elif total is not None and total > given + made:
         made = total - given
+    reasoning, heard, spoken = outer.reasoning_tokens or 0, inner.audio_tokens or 0, outer.audio_tokens or 0
+    if not (read or write or reasoning or heard or spoken):
+        return Usage(given, made)
     read = min(read, given)
-    heard, spoken = _first(inner.audio_tokens) or 0, _first(outer.audio_tokens) or 0
     return Usage(
         given,
         made,
@@ -122,12 +127,12 @@ def _normalise(wire: _Wire) -> Usage | None:
 _NO_DETAILS: Final = _Details()
 
 
-def _first(*counts: int | None) -> int | None:
-    """The first one that is a count. (The decoder has made sure of the type, not of the range.)"""
+def _first(*counts: int | None) -> int:
+    """The first one that was said; 0: none was."""
     for count in counts:
-        if count is not None and 0 <= count <= LARGEST:
+        if count is not None:
             return count
-    return None
+    return 0
 
 
 def _tolerate(raw: bytes | msgspec.Raw) -> _Wire | None:
@@ -156,5 +161,7 @@ def _wire(value: dict[str, Any], depth: int = 0) -> _Wire:
 
 def _integer(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+        return None
+    return value

@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from proxy.types import Headers
 
 
@@ -38,8 +40,7 @@ class Origin:
         )
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct):
     """One request, body complete. The transport adds Host, Content-Length and nothing else.
 
     `headers` must not hold framing or hop-by-hop headers. `replayable` allows one silent resend on a fresh connection

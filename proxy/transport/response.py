@@ -59,7 +59,16 @@ class Http1Response:
         while not self.status:
             if self._error is not None:
                 raise self._error
-            await self._wait(deadline)
+            exchange = self._exchange
+            assert exchange is not None, "a response that is not finished has its connection"
+            waiter = self._waiter = exchange.waiter(deadline)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._give_up()  # nobody reads on: the slot is free now, whatever the caller does next
+                raise
+            finally:
+                self._waiter = None
 
     async def read(self, deadline: float) -> bytes:
         pieces = self.pieces
@@ -68,7 +77,16 @@ class Http1Response:
                 raise self._error
             if self._complete:
                 return b""
-            await self._wait(deadline)
+            exchange = self._exchange
+            assert exchange is not None, "a response that is not finished has its connection"
+            waiter = self._waiter = exchange.waiter(deadline)
+            try:  # not in a coroutine of its own: each chunk of a stream passes here
+                await waiter
+            except asyncio.CancelledError:
+                self._give_up()
+                raise
+            finally:
+                self._waiter = None
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         if self._exchange is not None:
@@ -94,18 +112,6 @@ class Http1Response:
         self._complete = error is None
         self._error = error
         self.wake()
-
-    async def _wait(self, deadline: float) -> None:
-        exchange = self._exchange
-        assert exchange is not None, "a response that is not finished has its connection"
-        self._waiter = exchange.waiter(deadline)
-        try:
-            await self._waiter
-        except asyncio.CancelledError:
-            self._give_up()  # nobody reads on: the slot is free now, whatever the caller does next
-            raise
-        finally:
-            self._waiter = None
 
     def _give_up(self) -> None:
         if self._exchange is not None:

@@ -189,7 +189,7 @@ def _object(call: Call) -> dict[str, msgspec.Raw]:
 def _read_body(ask: Ask) -> None:
     ask.fields = fields = _object(ask.call)
     ask.model = _model(fields)
-    ask.stream = _boolean(fields, "stream")
+    ask.stream = "stream" in fields and _boolean(fields, "stream")
     for name in _TOKEN_LIMITS:
         if name in fields:
             _integer(fields, name, 1, MAX_TOKENS)
@@ -201,7 +201,7 @@ def _read_body(ask: Ask) -> None:
         messages = fields.get("messages")
         if messages is None or bytes(memoryview(messages)[:1]) != b"[":
             raise InvalidRequest("'messages' must be an array of messages.", param="messages")
-        ask.replayable = not _boolean(fields, "store")
+        ask.replayable = not ("store" in fields and _boolean(fields, "store"))
     elif ask.dialect == "embeddings":
         if ask.stream:
             raise InvalidRequest("Embeddings do not stream.", param="stream")
@@ -261,7 +261,7 @@ def _refuse_duplicates(body: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
     """
     length = 1 + 4 * len(fields) if fields else 2
     for key, value in fields.items():
-        length += len(key) + len(memoryview(value))
+        length += len(key) + len(value)
     if length == len(body):
         return
     seen: set[str] = set()
