@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.errors import NotFound
-from proxy.routing import Route, Routing
+from proxy.routing import MATCHED, Route, Routing
 from proxy.types import Target, Tenant
 
 ANYONE = Tenant("default", passthrough=None)
@@ -43,6 +43,15 @@ def routing() -> Routing:
 )
 def test_exact_then_longest_glob_then_file_order(model: str, provider: str, upstream: str, label: str) -> None:
     assert routing().targets(model, ANYONE) == ((Target(provider, upstream, label),),)
+
+
+def test_however_many_names_clients_make_up_only_so_many_are_remembered() -> None:
+    one = routing()
+    for number in range(MATCHED + 10):
+        ((target,),) = one.targets(f"gpt-{number}", ANYONE)
+        assert target == Target("openai", f"gpt-{number}", "gpt-*")
+    assert len(one._matched) <= MATCHED
+    assert one.targets("gpt-1", ANYONE) is one.targets("gpt-1", ANYONE)
 
 
 def test_equally_long_globs_are_taken_in_file_order() -> None:

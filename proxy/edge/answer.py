@@ -219,7 +219,9 @@ class Answer:
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
-    def _commit(self, status: int, headers: Headers, length: int | None = None, *, answered: bool = True) -> Any:
+    def _commit(
+        self, status: int, headers: Headers, length: int | None = None, *, answered: bool = True
+    ) -> dict[str, Any] | None:
         """Decides on the head. ASGI's message of it, to be sent; None: it is held until the body's first bytes.
 
         `answered`: it is known who answers. Before that, another provider than the one being asked still may."""
@@ -306,7 +308,9 @@ class Answer:
         """Commits 200 if nothing was sent yet, and sends a comment. The pipeline's next write waits for its end."""
         if not self._committed:
             self._streaming = True
-            await self._send(self._commit(200, _STREAM_HEADERS, answered=False))
+            head = self._commit(200, _STREAM_HEADERS, answered=False)
+            if head is not None:
+                await self._send(head)
         await self._body(_KEEP_ALIVE)
 
     def _stop_beats(self) -> None:
