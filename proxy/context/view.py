@@ -63,8 +63,8 @@ class Context:
         self.summaries = summaries or {}
         self._settings = settings
         self._tenants = tenants or {}
-        self._window = window
-        self._tokens_per_minute = tokens_per_minute
+        self.window = window
+        self.tokens_per_minute = tokens_per_minute
         self._executor = executor
         self.learned = Learned(clock)
         self.heads = Heads()
@@ -87,13 +87,6 @@ class Context:
             return Whole(ask)
         return RequestView(self, ask, targets, tenant, settings, output or 0, record, choices, deadline)
 
-    def known(self, target: Target) -> int | None:
-        """The window of a target, as it is written."""
-        return self._window(target)
-
-    def tokens_per_minute(self, tenant: Tenant) -> int | None:
-        return self._tokens_per_minute(tenant.name, tenant.key)
-
     async def run(self, ask: Ask, measured: Measured, work: Callable[[], _T]) -> _T:
         """`work` on a conversation. If the caller leaves, a thread may end it in vain."""
         if len(ask.call.body) <= _INLINE_BYTES and len(measured.raws) <= _INLINE_MESSAGES:
@@ -104,8 +97,8 @@ class Context:
 class RequestView:
     """See `View`. One task uses it."""
 
-    __slots__ = ("_ask", "_choices", "_context", "_deadline", "_fits", "_output", "_record", "_refitted", "_said",
-                 "_settings", "_tenant", "complete", "most", "needed")  # fmt: skip
+    __slots__ = ("_ask", "_choices", "_context", "_deadline", "_fits", "_minute", "_output", "_record", "_refitted",
+                 "_said", "_settings", "_tenant", "complete", "most", "needed")  # fmt: skip
 
     def __init__(
         self,
@@ -128,6 +121,7 @@ class RequestView:
         self._output = output
         self._record = record
         self._choices = choices
+        self._minute = context.tokens_per_minute(tenant.name, tenant.key)
         self._deadline = deadline
         self._said: Fit | None = None
         """The last one that there was an event of."""
@@ -154,12 +148,10 @@ class RequestView:
 
     def _limit(self, target: Target) -> int | None:
         context, settings = self._context, self._settings
-        window = context.learned.window(self._tenant, target, context.known(target))
+        window = context.learned.window(self._tenant, target, context.window(target))
         if window is not None and answers.cut_by_provider(self._ask):
             window = None
-        return limit_of(
-            settings.max_tokens, window, context.tokens_per_minute(self._tenant), self._output, self._choices
-        )
+        return limit_of(settings.max_tokens, window, self._minute, self._output, self._choices)
 
     # -- the port ----------------------------------------------------------------------------------------------------
 
@@ -179,7 +171,7 @@ class RequestView:
         if self._settings.mode != "enforce" or (self._refitted is not None and target in self._refitted):
             return None
         self._refitted = {*(self._refitted or ()), target}
-        learned, known = self._context.learned, self._context.known(target)
+        learned, known = self._context.learned, self._context.window(target)
         if answers.kept_elsewhere(self._ask):
             learned.refused(self._tenant, target, known, refusal)
             return None
