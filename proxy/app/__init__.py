@@ -73,6 +73,8 @@ class Running:
     async def start(self) -> None:
         """Before anything is served."""
         await self._ledger.start()
+        if self.budget.policies.refuses:
+            await self.budget.counter.prepare()  # else the first to come near a limit would delay all others
         self.budget.start()
         self.circuits.start()
         if self._follower is not None:

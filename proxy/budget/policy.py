@@ -176,6 +176,11 @@ class Policies:
         return not (self._accounts or self._everyone) and all(one.mode == "off" for one in sections)
 
     @property
+    def refuses(self) -> bool:
+        """Some request may be refused for its size."""
+        return any(scope.enforced and reach_of(scope.limits) != Reach() for scope in self.scopes)
+
+    @property
     def scopes(self) -> tuple[Scope, ...]:
         """The scopes that the configuration names, each once: for reports, and to restore what was spent in them."""
         for name, tenant in self._tenants.items():

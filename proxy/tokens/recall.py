@@ -43,7 +43,7 @@ class Measured(msgspec.Struct, frozen=True, gc=False):
     """What of the prompt is media: their tokens, which are in the counts, and their bytes."""
     total: int
     """What a provider may bill for: as `fixed + sum(each)`, of several prompts all, of media the most."""
-    keys: Sequence[bytes]
+    keys: Sequence[bytes] = ()
     """Of each message: its SHA-256, and a little more. Equal only for equal bytes."""
 
 
@@ -127,7 +127,7 @@ class Recall:
         exact = not tally.guesses
         found = media.total(draft.media) if draft.media else media.NONE
         most = draft.total + tokens + found.guessed
-        return Measured(draft.fixed, draft.each, draft.prompt.messages, exact, found, most, draft.keys)
+        return Measured(draft.fixed, draft.each, draft.prompt.messages, exact, found, most, draft.keys or ())
 
     def _known(self, key: bytes, family: str) -> tuple[int, Media] | None:
         tokens = self._tokens.get(key)
