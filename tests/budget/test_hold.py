@@ -418,3 +418,16 @@ async def test_a_pass_through_is_counted_and_its_cost_is_unknown() -> None:
     assert (record.usage, record.nano_usd) == (None, None)
     assert (await scene.row()).minute_requests == 1
     assert (await scene.used())[0].usage.cost_unknown == 1
+
+
+async def test_what_a_child_has_spent_is_held_beside_the_attempt_that_follows_it() -> None:
+    """A summary comes before the attempt that it is for: the reservation must be large enough for both."""
+    scene = Scene(BudgetSettings(tokens_per_minute=10_000))
+    async with scene.budget.hold(TENANT, "", want(max_tokens=100), [TARGET], Record()) as charge:
+        asked = (await scene.row()).held_tokens
+        async with charge.child(want("Sum it up", max_tokens=10)) as child:
+            await child.cover(TARGET)
+            child.answered(200)
+            child.see(usage_event(Usage(500, 10)))
+        await charge.cover(TARGET)
+        assert (await scene.row()).held_tokens == asked + 510

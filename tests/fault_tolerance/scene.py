@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from proxy.budget.plan import want_of
+from proxy.context.base import View
 from proxy.errors import ProxyError, UpstreamError
 from proxy.fault_tolerance.failover import Failover
 from proxy.fault_tolerance.guard import NoCircuits
@@ -100,6 +101,8 @@ class Stage:
         self._more = more
         self._scene = scene or {}
         self.circuits = more.setdefault("circuits", Switches())
+        self.view: View | None = None
+        """What of the request each target gets; None: all."""
         self.providers: dict[str, Any] = {}
 
     def add(self, name: str, *answers: Any, **more: Any) -> Upstream:
@@ -121,7 +124,7 @@ class Stage:
         bounds = failover.bounds(ask.call)
         self.bounds = bounds
         hold = self.scene.budget.hold("acme", "", want_of(ask), places, self.record)
-        async with hold as charge, failover.open(ask, places, charge, self.record, bounds) as reply:
+        async with hold as charge, failover.open(ask, places, charge, self.record, bounds, self.view) as reply:
             parts = []
             async for event in reply.events:
                 charge.see(event)

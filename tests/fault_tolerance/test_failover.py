@@ -10,8 +10,10 @@ import pytest
 
 from proxy.budget.plan import want_of
 from proxy.budget.settings import BudgetSettings, LimitSettings
+from proxy.context.base import Whole
 from proxy.errors import (
     BudgetExceeded,
+    ContextExceeded,
     InvalidRequest,
     ProviderFull,
     UpstreamBroken,
@@ -22,7 +24,7 @@ from proxy.errors import (
 )
 from proxy.providers.openai import Timeouts
 from proxy.transport.answer import NEVER, Answer, End, Outcome
-from proxy.types import Target
+from proxy.types import Ask, Target
 from tests.fault_tolerance.scene import Stage, Switches
 from tests.providers.upstream import HEADERS, MESSAGES, ask, chat, events, whole
 
@@ -601,6 +603,42 @@ async def test_a_client_that_leaves_during_a_probe_gives_it_back() -> None:
     probed = stage.add("a", HANGS)
     await cancelled(stage, lambda: probed.asked)
     assert probed.ended == [Outcome.GONE]
+    assert stage.circuits.told == [("a", "ignored")]
+
+
+class Fitting(Whole):
+    """A view that has to be looked at, and then does what it is told."""
+
+    needed = True
+
+    def __init__(self, error: ContextExceeded | None) -> None:
+        super().__init__(chat())
+        self.entered = False
+        self._error = error
+
+    async def fit(self, target: Target) -> Ask:
+        self.entered = True
+        if self._error is not None:
+            raise self._error
+        return await asyncio.get_running_loop().create_future()
+
+
+async def test_a_target_that_the_conversation_does_not_fit_gets_its_permit_back() -> None:
+    stage = Stage(circuits=Switches("a", early=["a"]))
+    stage.add("a", GOOD)
+    stage.view = Fitting(ContextExceeded("too long"))
+    with pytest.raises(ContextExceeded):
+        await stage.run()
+    assert stage.asked == {"a": 0}
+    assert stage.circuits.told == [("a", "ignored")]
+
+
+async def test_a_client_that_leaves_while_the_conversation_is_cut_gives_the_permit_back() -> None:
+    stage = Stage(circuits=Switches("a", early=["a"]))
+    stage.add("a", GOOD)
+    stage.view = view = Fitting(None)
+    await cancelled(stage, lambda: view.entered)
+    assert stage.asked == {"a": 0}
     assert stage.circuits.told == [("a", "ignored")]
 
 
