@@ -319,7 +319,7 @@ async def test_a_server_that_comes_back_empty_does_not_open_a_spent_budget(redis
             assert resets[-1]["scopes"] >= 1
             for process in processes:
                 process.wait_for("store.recovered")  # a line is written up to 50 ms late
-            assert len(said(process, "store.degraded")) == len(said(process, "store.recovered")) == 1
+                assert len(said(process, "store.degraded")) == len(said(process, "store.recovered")) == 1
 
 
 # -- a server that cannot be reached, or not yet ---------------------------------------------------------------------
